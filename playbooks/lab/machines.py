@@ -45,9 +45,7 @@ BOOT_TIMEOUT_S = 60
 CAP_SYS_RESOURCE = 1 << 24
 
 # What a freshly installed server has, and no more: the roles must bring the rest themselves.
-IMAGE_PACKAGES = (
-    "ca-certificates,dbus,iproute2,openssh-server,procps,python3,python3-apt,sudo,systemd,systemd-sysv"
-)
+IMAGE_PACKAGES = "ca-certificates,dbus,iproute2,openssh-server,procps,python3,python3-apt,sudo,systemd,systemd-sysv"
 # Run in the new root by mmdebstrap. Host keys are made at first boot, one set per machine.
 IMAGE_SETUP = """
 set -eu
@@ -90,9 +88,7 @@ def write_configuration() -> None:
     storage, config = LAB / "storage.conf", LAB / "containers.conf"
     for folder in (LAB / "podman", LAB / "networks", RUN / "tmp"):
         folder.mkdir(parents=True, exist_ok=True)
-    storage.write_text(
-        f'[storage]\ndriver = "overlay"\ngraphroot = "{LAB / "podman"}"\nrunroot = "{RUN / "run"}"\n'
-    )
+    storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{LAB / "podman"}"\nrunroot = "{RUN / "run"}"\n')
     config.write_text(
         '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\nruntime = "crun"\n'
         f'lock_type = "file"\ntmp_dir = "{RUN / "tmp"}"\n'
@@ -113,9 +109,7 @@ def enter_namespace() -> None:
         return
     if not NAMESPACE.parent.is_dir():
         NAMESPACE.parent.mkdir(parents=True)
-    alive = subprocess.run(
-        ["nsenter", f"--mount={NAMESPACE}", "true"], capture_output=True, check=False
-    ).returncode
+    alive = subprocess.run(["nsenter", f"--mount={NAMESPACE}", "true"], capture_output=True, check=False).returncode
     if alive != 0:
         remove_namespace()
         # A namespace can only be bound to a file on a mount that does not propagate.
@@ -279,13 +273,18 @@ def ensure_machine(lab: str, machine: dict[str, Any], state: str | None, public_
             volumes.append(f"--volume={source}:{target}")
         podman(
             "run", "--detach", f"--name={name}", f"--hostname={machine['name']}",
-            f"--network={bridge_of(lab)}", f"--ip={machine['address']}",
+            f"--network={bridge_of(lab)}", f"--ip={machine['address']}", f"--mac-address={mac_of(machine['address'])}",
             "--privileged", "--systemd=always", "--no-hosts", f"--label=airflow-ha.lab={lab}",
             *limit_arguments(), *volumes, image_reference(machine["image"]),
         )  # fmt: skip
     elif state != "running":
         podman("start", name)
     return wait_for_boot(name, public_key)
+
+
+def mac_of(address: str) -> str:
+    """A link address that belongs to the IPv4 address, so that a machine made anew is not behind a stale neighbour."""
+    return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
 def wait_for_boot(name: str, public_key: str) -> str:

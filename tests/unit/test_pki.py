@@ -13,7 +13,14 @@ from pki import actions_for, certificate_is_good, concatenate_files, subject_alt
 NAMES = ["DNS:node1", "IP:10.0.0.1"]
 
 
-def make(folder: Path, name: str, *, names: list[str], days: int, issuer: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None = None):
+def make(
+    folder: Path,
+    name: str,
+    *,
+    names: list[str],
+    days: int,
+    issuer: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None = None,
+):
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -62,8 +69,9 @@ def test_a_fresh_certificate_is_good(tmp_path, authority):
         lambda folder, authority: make(folder, "node1", names=NAMES[:1], days=100, issuer=authority),
         lambda folder, authority: make(folder, "node1", names=[*NAMES, "DNS:more"], days=100, issuer=authority),
         lambda folder, authority: make(folder, "node1", names=NAMES, days=100),
-        lambda folder, authority: make(folder, "node1", names=NAMES, days=100, issuer=authority)
-        and (folder / "node1.key").unlink(),
+        lambda folder, authority: (
+            make(folder, "node1", names=NAMES, days=100, issuer=authority) and (folder / "node1.key").unlink()
+        ),
     ],
     ids=["missing", "ends soon", "lacks a name", "has a name too many", "signed by another", "without its key"],
 )
@@ -73,7 +81,12 @@ def test_anything_else_is_issued_again(tmp_path, authority, spoil):
 
 
 def test_names_are_typed_sorted_and_unique():
-    assert subject_alternative_names(["b", "10.0.0.1", "a", "", "b", "::1"]) == ["DNS:a", "DNS:b", "IP:10.0.0.1", "IP:::1"]
+    assert subject_alternative_names(["b", "10.0.0.1", "a", "", "b", "::1"]) == [
+        "DNS:a",
+        "DNS:b",
+        "IP:10.0.0.1",
+        "IP:::1",
+    ]
 
 
 def test_only_running_users_of_the_certificate_are_told():

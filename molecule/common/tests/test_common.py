@@ -21,7 +21,7 @@ def test_limits_reach_new_services(host):
 
 
 def test_journal_is_bounded_and_persistent(host):
-    assert host.file("/etc/systemd/journald.conf.d/50-airflow-ha.conf").contains("SystemMaxUse=1G")
+    assert host.file("/etc/systemd/journald.conf").contains("SystemMaxUse=1G")
     usage = host.run("journalctl --output=json --lines=1").stdout
     assert json.loads(usage)["_HOSTNAME"] == "common1"
 

@@ -9,7 +9,10 @@ def test_current_points_at_a_complete_release(host):
 
 
 def test_the_locked_package_is_importable(host):
-    assert host.run("/opt/spark/current/bin/python -c 'import pyspark; print(pyspark.__version__)'").stdout.strip() == "4.2.0"
+    assert (
+        host.run("/opt/spark/current/bin/python -c 'import pyspark; print(pyspark.__version__)'").stdout.strip()
+        == "4.2.0"
+    )
 
 
 def test_no_wheels_are_left_behind(host):

@@ -7,7 +7,6 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-
 # How PostgreSQL (through our query) and Redis (`ROLE`) name themselves, and what we call it.
 _ROLES = {"primary": "primary", "standby": "standby", "master": "primary", "slave": "standby"}
 

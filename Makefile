@@ -1,0 +1,76 @@
+# Every target runs from a fresh clone: what it needs is made first, inside this folder.
+ENV ?= lab
+PYTHON ?= python3
+export ENV
+# Ansible, molecule and uv keep their state here, not in the home folder.
+export ANSIBLE_HOME := $(CURDIR)/.ansible
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export UV_CACHE_DIR := $(CURDIR)/.cache/uv
+export MYPY_CACHE_DIR := $(CURDIR)/.cache/mypy
+export RUFF_CACHE_DIR := $(CURDIR)/.cache/ruff
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+VENV := .venv/.complete
+LAB := playbooks/lab
+SECRETS := inventories/$(ENV)/group_vars/all/secrets.yml
+SCENARIOS := $(filter-out default shared,$(notdir $(patsubst %/,%,$(dir $(wildcard molecule/*/molecule.yml)))))
+
+.DEFAULT_GOAL := help
+.PHONY: help lab deploy destroy test check lint unit molecule secrets locks wheelhouse docs host
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+lab: ## A whole cluster on this machine: machines, site.yml, the sample DAG, a summary
+	@$(LAB)/lab.sh
+
+deploy: $(VENV) $(SECRETS) ## Run site.yml against ENV (default: lab)
+	ansible-playbook site.yml -i inventories/$(ENV)/hosts.yml $(ARGS)
+
+destroy: $(VENV) ## Remove all labs of this checkout
+	@$(LAB)/as-root.sh $(LAB)/machines.py destroy
+
+test: check molecule ## Everything: check, then every molecule scenario
+	@printf '\nmake test: all passed. Skipped: nothing.\n'
+
+check: lint unit ## What needs no machines: lint and unit tests
+
+lint: $(VENV) ## ansible-lint (production), yamllint, ruff, mypy
+	yamllint --strict .
+	ansible-lint --strict
+	ruff check .
+	ruff format --check .
+	mypy
+
+unit: $(VENV) ## Unit tests
+	pytest tests/unit
+
+molecule: host $(VENV) inventories/lab/group_vars/all/secrets.yml ## The whole cluster, then one scenario per role
+	@$(LAB)/molecule.sh default $(SCENARIOS)
+
+secrets: $(VENV) ## Generate what is missing of ENV's secrets, into an ansible-vault file
+	ansible-playbook playbooks/secrets.yml -i inventories/$(ENV)/hosts.yml
+
+locks: $(VENV) ## Resolve files/locks/*.in anew, with hashes
+	files/locks/compile.sh
+
+wheelhouse: $(VENV) ## Fetch and build the wheels of Debian 13's Python ahead of a deployment
+	python files/locks/wheelhouse.py --name airflow --python 3.13
+	python files/locks/wheelhouse.py --name spark --python 3.13
+
+docs: $(VENV) ## Generate docs/variables.md from the roles' argument_specs
+	python docs/generate.py
+
+host: ## Install what the lab needs on this machine, with apt
+	@$(LAB)/host-packages.sh
+
+$(VENV): files/locks/controller.txt
+	$(PYTHON) -m venv --clear .venv
+	@# uv first, by its own entry of the lock: it installs the rest in a fraction of pip's time.
+	awk '/^uv==/ { found = 1 } found { print; if (!/\\$$/) exit }' $< > .venv/uv.txt
+	.venv/bin/pip install --quiet --require-hashes --requirement .venv/uv.txt
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes --requirement $<
+	@touch $@
+
+inventories/%/group_vars/all/secrets.yml: | $(VENV)
+	ENV=$* ansible-playbook playbooks/secrets.yml -i inventories/$*/hosts.yml

@@ -1,0 +1,1 @@
+"""What the pipelines' DAGs share. Nothing in here needs Airflow, so that it can be tested without it."""
