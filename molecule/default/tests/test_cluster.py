@@ -7,7 +7,7 @@ import time
 
 import pytest
 import requests
-from cluster import SUBNET, VIP, Api
+from cluster import SUBNET, VIP, Api, import_components
 
 UNITS = {
     "lb": ["haproxy", "keepalived"],
@@ -37,6 +37,10 @@ def test_no_unit_has_failed(host):
 def test_system_folders_kept_their_owner(host):
     for folder in ("/etc", "/usr", "/opt", "/var", "/var/lib"):
         assert (host.file(folder).user, host.file(folder).mode) == ("root", 0o755)
+
+
+def test_every_component_imports_from_the_lock(machine):
+    assert import_components(machine("airflow1")) == ""
 
 
 def test_user_interface_and_login_over_the_vip(http, api):
@@ -113,8 +117,8 @@ def test_local_proxies_lead_to_the_primary(machine, secrets):
 
 def test_redis_replicates(machine, secrets):
     command = (
-        f"REDISCLI_AUTH={secrets['secret_redis_monitor_password']} redis-cli --tls --cacert /etc/airflow-ha/tls/ca.crt"
-        " --user monitor -h $(hostname) -p 6379 info replication"
+        f"printf 'AUTH monitor {secrets['secret_redis_monitor_password']}\\nINFO replication\\n'"
+        " | redis-cli --tls --cacert /etc/airflow-ha/tls/ca.crt -h $(hostname) -p 6379"
     )
     answers = [machine(name).check_output(command) for name in ("data1", "data2")]
     assert sum("role:master" in answer for answer in answers) == 1
