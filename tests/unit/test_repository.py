@@ -129,14 +129,50 @@ def names_with_secrets(role: Path) -> set[str]:
         tainted |= more
 
 
+def secret_templates(role: Path) -> set[str]:
+    """Templates that put a secret into a file."""
+    pattern = re.compile(rf"\b({'|'.join(sorted(names_with_secrets(role)))})\b")
+    return {path.name for path in role.glob("templates/**/*.j2") if pattern.search(path.read_text())}
+
+
+def delivered(role: Path) -> Iterator[dict[str, Any]]:
+    """The files of the role's `deliver` tasks, wherever they are listed."""
+
+    def walk(node: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(node, dict):
+            if "dest" in node and ("src" in node or "content" in node):
+                yield node
+            for value in node.values():
+                yield from walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from walk(value)
+
+    for path in [*role.glob("vars/*.yml"), *role.glob("tasks/*.yml")]:
+        yield from walk(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_files_with_secrets_are_delivered_as_such(role: str) -> None:
+    folder = PROJECT / "roles" / role
+    templates = secret_templates(folder)
+    for file in delivered(folder):
+        if Path(str(file.get("src", ""))).name in templates or "_key" in str(file.get("content", "")):
+            assert file.get("secret") is True, file["dest"]
+            assert file["mode"] in ("0640", "0600"), file["dest"]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_tasks_that_pass_secrets_log_nothing(role: str) -> None:
     folder = PROJECT / "roles" / role
     pattern = re.compile(rf"\b({'|'.join(sorted(names_with_secrets(folder)))})\b")
-    templates = {path.name for path in folder.glob("templates/**/*.j2") if pattern.search(path.read_text())}
+    templates = secret_templates(folder)
     for path in [*folder.glob("tasks/*.yml"), *folder.glob("handlers/*.yml")]:
         for task in tasks(yaml.safe_load(path.read_text())):
             inner = {key: value for key, value in task.items() if key not in ("block", "rescue", "always", "name")}
+            # It keeps to itself what a file marked as secret holds.
+            if "deliver" in inner:
+                continue
             # An assertion prints its expressions and its message, never a value.
             if "ansible.builtin.assert" in inner:
                 inner = {"fail_msg": str(inner["ansible.builtin.assert"].get("fail_msg", ""))}

@@ -19,6 +19,33 @@ from ansible.plugins.action import ActionBase
 
 WIDE_S = 0.5
 ATTEMPTS = 4
+FACTS = {"package", "passwd", "group", "service_file", "service_running"}
+
+
+def node_facts(lines: list[str]) -> dict[str, dict[str, Any]]:
+    """Facts from the script's lines about packages, accounts and services."""
+    packages: dict[str, Any] = {}
+    services: dict[str, Any] = {}
+    accounts: dict[str, dict[str, list[str]]] = {"passwd": {}, "group": {}}
+    for line in lines:
+        kind, _, rest = line.partition(" ")
+        name, _, value = rest.partition(" ")
+        if kind == "package":
+            packages[name] = [{"name": name, "version": value, "source": "apt"}]
+        elif kind in accounts:
+            entry = rest.split(":")
+            accounts[kind][entry[0]] = entry[1:]
+        elif kind == "service_file":
+            services[name] = {"name": name, "source": "systemd", "state": "stopped", "status": value}
+        elif kind == "service_running":
+            status = services.get(name, {}).get("status", "unknown")
+            services[name] = {"name": name, "source": "systemd", "state": "running", "status": status}
+    return {
+        "packages": packages,
+        "services": services,
+        "getent_passwd": accounts["passwd"],
+        "getent_group": accounts["group"],
+    }
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -28,7 +55,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     _requires_connection = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return `problem` and `reason`, or `output` (the script's lines) and `offset` (seconds, [low, high])."""
+        """Return `problem` and `reason`, or `output` (the script's lines) and `offset` (seconds, [low, high]).
+
+        Also facts in the form of package_facts, service_facts and getent.
+        """
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = self._task.args
         interpreter = str((task_vars or {}).get("ansible_python_interpreter", "/usr/bin/python3"))
@@ -41,7 +71,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             return result | {"problem": "unreachable", "reason": str(error)}
         except AnsibleError as error:
             return result | {"problem": "failed", "reason": str(error)}
-        return result | {"problem": "", "reason": "", "output": output.splitlines()}
+        lines = output.splitlines()
+        rest = [line for line in lines if line.partition(" ")[0] not in FACTS]
+        return result | {"problem": "", "reason": "", "output": rest, "ansible_facts": node_facts(lines)}
 
     def _shell(self, script: str, *arguments: str) -> str:
         """Standard output of a script that is sent through standard input: no terminal then mixes errors into it."""

@@ -23,4 +23,10 @@ if listeners=$(ss -H -ltnp 2>/dev/null); then
     echo "unit $pid $(sed -n 's#^[^:]*:[^:]*:.*/\([^/]*\.service\).*#\1#p' "/proc/$pid/cgroup" 2>/dev/null | head -n 1)"
   done
 fi
+# What the roles would otherwise ask for one by one: packages, accounts and services.
+dpkg-query -W -f='package ${db:Status-Status} ${Package} ${Version}\n' 2>/dev/null | sed -n 's/^package installed /package /p'
+getent passwd | sed 's/^/passwd /'
+getent group | sed 's/^/group /'
+systemctl list-unit-files --type=service --no-legend --plain 2>/dev/null | awk '{ print "service_file", $1, $2 }'
+systemctl list-units --type=service --state=running --no-legend --plain 2>/dev/null | awk '{ print "service_running", $1 }'
 true
