@@ -13,6 +13,8 @@ for scenario in "$@"; do
     passed=$((passed + 1))
   else
     failed=$((failed + 1))
+    # What is left of it would slow down the others.
+    LAB_NAME=$lab molecule destroy -s "$scenario" </dev/null || true
   fi
 done
 times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import random
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import requests
 from testinfra.host import Host
 
 PROJECT = Path(__file__).resolve().parents[3]
-LAB = PROJECT / ".lab" / "test"
-SUBNET = "10.77.2"
+LAB_NAME = os.environ.get("LAB_NAME", "test")
+LAB = PROJECT / ".lab" / LAB_NAME
+SUBNET = {"lab": "10.77.1", "test": "10.77.2"}.get(LAB_NAME, "10.77.2")
 VIP = f"{SUBNET}.100"
 CA = LAB / "pki" / "ca.crt"
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import ssl
 import threading
@@ -17,12 +16,16 @@ from typing import Any
 import psycopg2
 
 PATHS = {"/primary": {"primary"}, "/replica": {"replica"}, "/health": {"primary", "replica"}}
-CACHE_S = 0.5
+CACHE_S = 0.1
+# A new connection from time to time proves that the server still takes any.
+RECONNECT_S = 2.0
 DATABASE_TIMEOUT_S = 2
 TIMEOUTS = f"connect_timeout={DATABASE_TIMEOUT_S} options='-c statement_timeout={DATABASE_TIMEOUT_S}s'"
 CLIENT_TIMEOUT_S = 5
 QUERY = """
-    select pg_is_in_recovery(), (pg_control_checkpoint()).timeline_id,
+    select pg_is_in_recovery(),
+           case when pg_is_in_recovery() then (pg_control_checkpoint()).timeline_id
+                else ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end,
            coalesce(pg_wal_lsn_diff(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), 0)::bigint,
            exists (select from pg_stat_wal_receiver where status = 'streaming')
 """
@@ -36,6 +39,8 @@ class Database:
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {}
         self._asked_at = float("-inf")
+        self._connection: Any = None
+        self._connected_at = 0.0
 
     def state(self) -> dict[str, Any]:
         """Role, timeline and lag; role "unknown" and why, when there is no clear answer."""
@@ -49,16 +54,25 @@ class Database:
             self._lock.release()
 
     def _ask(self) -> dict[str, Any]:
-        # A new connection each time also proves that the server still takes any.
         try:
-            with contextlib.closing(psycopg2.connect(self._conninfo)) as connection, connection.cursor() as cursor:
+            if self._connection is None or time.monotonic() - self._connected_at > RECONNECT_S:
+                self._disconnect()
+                self._connection, self._connected_at = psycopg2.connect(self._conninfo), time.monotonic()
+                self._connection.autocommit = True
+            with self._connection.cursor() as cursor:
                 cursor.execute(QUERY)
                 in_recovery, timeline, lag, streaming = cursor.fetchone()
         except psycopg2.Error as error:
+            self._disconnect()
             return {"role": "unknown", "error": str(error).strip().partition("\n")[0]}
         if in_recovery:
             return {"role": "replica", "timeline": timeline, "replay_lag_bytes": lag, "streaming": streaming}
         return {"role": "primary", "timeline": timeline}
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 class Server(ThreadingHTTPServer):

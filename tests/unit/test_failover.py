@@ -1,0 +1,248 @@
+"""What a failover decides from what the members say, and the lock and the journal on the nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import failover
+import journal
+import pytest
+
+MIB = 1 << 20
+
+
+def primary(**more: Any) -> dict[str, Any]:
+    return {"role": "primary", "system_id": "7", "timeline": 3, "lsn": 100 * MIB, "lock": {}, "standbys": []} | more
+
+
+def standby(**more: Any) -> dict[str, Any]:
+    receiver = {"status": "streaming", "behind": 0}
+    return {
+        "role": "standby", "system_id": "7", "timeline": 3, "lsn": 100 * MIB, "receiver": receiver, "lock": {},
+        "replay_paused": False, "standby_signal": True, "disk_free_mb": 9000,
+    } | more  # fmt: skip
+
+
+GONE = {"reachable": False, "problem": "No route to host"}
+STOPPED = {"role": "stopped", "lock": {}, "problem": "connection refused", "timeline": 3, "standby_signal": False}
+SEEN = {"data1": {"role": "primary"}}
+BUSY = {"run": "other", "by": "eve@bastion", "age": 2.0}
+
+
+def plan(states: dict[str, Any], service: str = "postgresql", **options: Any) -> dict[str, Any]:
+    return failover.failover_plan(states, service, {"run": "me", "max_lag": 16 * MIB} | options)
+
+
+def test_planned_takes_the_standby() -> None:
+    decided = plan({"data1": primary(), "data2": standby(lsn=100 * MIB - 512)})
+    assert decided["refusals"] == []
+    assert (decided["kind"], decided["primary"], decided["candidate"]) == ("planned", "data1", "data2")
+    assert decided["lag"] == 512
+
+
+def test_the_inventory_order_does_not_matter() -> None:
+    decided = plan({"data1": standby(), "data2": primary()})
+    assert (decided["primary"], decided["candidate"]) == ("data2", "data1")
+
+
+def test_planned_takes_the_standby_with_most_and_has_the_others_follow() -> None:
+    decided = plan({"data1": primary(), "data2": standby(lsn=90 * MIB), "data3": standby()})
+    assert (decided["candidate"], decided["followers"]) == ("data3", ["data2"])
+
+
+REFUSED = [
+    ({}, {"data2": standby(lsn=10 * MIB)}, "data2 lags by 94371840 bytes, max_lag allows 16777216"),
+    ({}, {"data2": standby(receiver=None)}, "data2 does not stream"),
+    ({}, {"data2": standby(replay_paused=True)}, "replay is paused on data2"),
+    ({}, {"data2": standby(timeline=2)}, "data2 is on timeline 2, the primary on 3"),
+    ({}, {"data2": standby(system_id="8")}, "data2 belongs to another cluster"),
+    ({}, {"data2": standby(disk_free_mb=100)}, "data2 has 100 MiB of disk left"),
+    ({}, {"data2": GONE}, "data2 cannot be reached: No route to host"),
+    ({}, {"data2": STOPPED}, "data2 is no running standby"),
+    ({"candidate": "data1"}, {}, "it is the primary already"),
+    ({"candidate": "data9"}, {}, "candidate=data9: not a member of postgresql (data1, data2)"),
+    ({"force": True}, {}, "data1 is a live primary"),
+    ({"force": True, "confirm": "data2"}, {}, "data1 is a live primary"),
+    ({"confirm": "data1"}, {}, "only with force=true"),
+    ({}, {"data2": standby(lock=BUSY)}, "another failover, started by eve@bastion, is running (heard of 2.0 s ago)"),
+    ({}, {"data2": primary()}, "two primaries: data1 and data2"),
+    ({}, {"data1": GONE}, "no primary of PostgreSQL runs (data1: unreachable, data2: standby)"),
+    ({}, {"data1": STOPPED}, "no primary of PostgreSQL runs"),
+    ({"force": True}, {"data1": GONE, "data2": GONE}, "no standby runs"),
+    ({}, {"data1": GONE, "data2": standby(seen=SEEN)}, "data1 is the primary but cannot be reached"),
+    ({"force": True}, {"data1": GONE, "data2": standby(seen=SEEN)}, "data1 is a live primary"),
+]
+
+
+@pytest.mark.parametrize(("options", "states", "says"), REFUSED)
+def test_refused_before_anything_changes(options: dict[str, Any], states: dict[str, Any], says: str) -> None:
+    decided = plan({"data1": primary(), "data2": standby()} | states, **options)
+    assert decided["kind"] == "none"
+    assert any(says in reason for reason in decided["refusals"]), decided["refusals"]
+
+
+def test_forced_fences_what_can_be_reached() -> None:
+    decided = plan({"data1": STOPPED, "data2": standby()}, force=True)
+    assert (decided["kind"], decided["candidate"], decided["fence"]) == ("forced", "data2", ["data1"])
+
+
+def test_forced_says_what_cannot_be_fenced_and_what_is_missing() -> None:
+    receiver = {"status": "streaming", "behind": 4096}
+    decided = plan({"data1": GONE, "data2": standby(receiver=receiver)}, force=True)
+    assert (decided["kind"], decided["fence"], decided["lag"]) == ("forced", [], 4096)
+    assert any("data1 cannot be reached and is not fenced" in line for line in decided["says"])
+
+
+def test_forced_on_a_live_primary_needs_its_name() -> None:
+    decided = plan({"data1": primary(), "data2": standby()}, force=True, confirm="data1")
+    assert (decided["kind"], decided["fence"]) == ("forced", ["data1"])
+
+
+def test_forced_never_takes_a_standby_that_has_less_than_another() -> None:
+    states = {"data1": GONE, "data2": standby(lsn=5), "data3": standby(lsn=9)}
+    assert plan(states, force=True)["candidate"] == "data3"
+    assert "they would be lost, use candidate=data3" in plan(states, force=True, candidate="data2")["refusals"][0]
+
+
+def test_a_switchover_that_broke_off_is_finished_by_whoever_has_most() -> None:
+    states = {"data1": standby(receiver=None, lsn=9), "data2": standby(receiver=None, lsn=7)}
+    decided = plan(states)
+    assert (decided["kind"], decided["candidate"], decided["followers"]) == ("resume", "data1", ["data2"])
+    assert plan(states, candidate="data2")["candidate"] == "data1", "what only data1 has would be lost"
+
+
+def test_a_member_that_was_left_stopped_is_started_first() -> None:
+    decided = plan({"data1": STOPPED | {"standby_signal": True}, "data2": standby(receiver=None)})
+    assert (decided["kind"], decided["followers"]) == ("wake", ["data1"])
+
+
+def test_a_fenced_member_is_not_started() -> None:
+    decided = plan({"data1": STOPPED | {"standby_signal": True, "masked": True}, "data2": standby(receiver=None)})
+    assert "no primary of PostgreSQL runs" in decided["refusals"][0]
+
+
+def test_a_candidate_that_is_primary_is_fine_for_a_failback() -> None:
+    decided = plan({"data1": primary(), "data2": standby()}, candidate="data1", only_if_needed=True)
+    assert (decided["kind"], decided["refusals"]) == ("none", [])
+
+
+def test_redis_replicas_must_share_the_history() -> None:
+    states = {"data1": primary(replication_id="a"), "data2": standby(replication_id="b")}
+    assert "data2 replicates another history" in plan(states, "redis")["refusals"][0]
+
+
+@pytest.mark.parametrize(
+    ("states", "options", "kind", "says"),
+    [
+        ({"data1": STOPPED, "data2": primary()}, {}, "rewind", "data1 becomes a standby of data2"),
+        ({"data1": standby(), "data2": primary()}, {}, "none", "nothing to do"),
+        ({"data1": standby(receiver=None), "data2": primary()}, {}, "rewind", "data1 becomes a standby"),
+        ({"data1": primary(), "data2": primary(timeline=4)}, {"confirm": "data1"}, "rewind", "data1 becomes a standby"),
+        ({"data1": primary(), "data2": standby()}, {"only_if_needed": True}, "none", "data1 is the primary"),
+    ],
+)
+def test_rejoin(states: dict[str, Any], options: dict[str, Any], kind: str, says: str) -> None:
+    decided = failover.rejoin_plan(states, "postgresql", "data1", {"run": "me"} | options)
+    assert (decided["kind"], decided["refusals"]) == (kind, [])
+    assert says in decided["says"][0]
+
+
+@pytest.mark.parametrize(
+    ("states", "host", "says"),
+    [
+        ({"data1": STOPPED, "data2": primary()}, "data9", "not a member"),
+        ({"data1": GONE, "data2": primary()}, "data1", "cannot be reached"),
+        ({"data1": STOPPED, "data2": standby()}, "data1", "needs one live primary to join: none runs"),
+        ({"data1": primary(), "data2": standby()}, "data1", "data1 is the primary itself"),
+        ({"data1": primary(), "data2": primary()}, "data1", "say so with confirm=data1"),
+        ({"data1": {"role": "none", "lock": {}}, "data2": primary()}, "data1", "has no data"),
+        ({"data1": STOPPED | {"lock": BUSY}, "data2": primary()}, "data1", "another failover"),
+    ],
+)
+def test_rejoin_is_refused(states: dict[str, Any], host: str, says: str) -> None:
+    decided = failover.rejoin_plan(states, "postgresql", host, {"run": "me"})
+    assert decided["kind"] == "none"
+    assert says in decided["refusals"][0]
+
+
+def status(states: dict[str, Any], uses: list[str]) -> dict[str, Any]:
+    return failover.failover_status({"postgresql": states}, {"worker1": {"postgresql-primary": uses}})
+
+
+def test_status_of_a_healthy_cluster() -> None:
+    answer = status({"data1": primary(), "data2": standby(lsn=100 * MIB - 7)}, ["data1"])
+    assert answer["healthy"], answer["problems"]
+    assert "streaming, 7 bytes and 0.0 s behind" in answer["table"][1]
+
+
+@pytest.mark.parametrize(
+    ("states", "uses", "says"),
+    [
+        ({"data2": standby(receiver=None)}, ["data1"], "data2: the standby of PostgreSQL does not stream"),
+        ({"data2": standby(timeline=2)}, ["data1"], "data2: PostgreSQL is on timeline 2"),
+        ({"data2": standby(masked=True)}, ["data1"], "data2: PostgreSQL is fenced"),
+        ({"data2": GONE}, ["data1"], "data2: PostgreSQL unreachable: No route to host"),
+        ({"data2": primary()}, ["data1"], "PostgreSQL: 2 primaries"),
+        ({"data1": STOPPED}, [], "PostgreSQL: no primary"),
+        ({}, ["data2"], "worker1: the local proxy has ['data2'] as primary"),
+        ({}, [], "worker1: the local proxy has no server as primary"),
+        ({"data1": primary(slots=[{"name": "standby_data2", "active": False, "wal_status": "lost", "retained": 1}])},
+         ["data1"], "has lost WAL"),
+    ],
+)  # fmt: skip
+def test_status_names_what_is_wrong(states: dict[str, Any], uses: list[str], says: str) -> None:
+    answer = status({"data1": primary(), "data2": standby()} | states, uses)
+    assert not answer["healthy"]
+    assert any(says in problem for problem in answer["problems"]), answer["problems"]
+
+
+def test_one_failover_at_a_time(tmp_path: Path) -> None:
+    first, second = journal.Lock("a", "ann@bastion", tmp_path), journal.Lock("b", "bob@laptop", tmp_path)
+    first.take()
+    first.take()
+    with pytest.raises(journal.FailoverError, match="started by ann@bastion"):
+        second.take()
+    second.release()
+    assert second.owner()["run"] == "a", "only its owner gives a lock back"
+    first.release()
+    second.take()
+
+
+def test_the_lock_of_a_killed_run_goes_stale(tmp_path: Path) -> None:
+    journal.Lock("a", "ann", tmp_path).take()
+    old = time.time() - journal.STALE_S - 1
+    os.utime(tmp_path / "failover.lock", (old, old))
+    journal.Lock("b", "bob", tmp_path).take()
+
+
+def test_a_held_lock_stays_fresh(tmp_path: Path) -> None:
+    lock = journal.Lock("a", "ann", tmp_path)
+    with lock.held():
+        old = time.time() - journal.STALE_S
+        os.utime(tmp_path / "failover.lock", (old, old))
+        time.sleep(1.3)
+        assert lock.owner()["age"] < 2
+
+
+def test_journal_is_kept_on_the_node(tmp_path: Path) -> None:
+    book = journal.Journal("a", "redis", tmp_path)
+    book.step("promoted")
+    (line,) = (tmp_path / "failover.jsonl").read_text().splitlines()
+    assert json.loads(line) | {"at": 0} == {"at": 0, "run": "a", "service": "redis", "step": "promoted"}
+    assert (tmp_path / "failover.jsonl").stat().st_mode & 0o777 == 0o640
+
+
+def test_account_is_in_the_order_of_time() -> None:
+    def answer(*steps: tuple[float, str]) -> dict[str, Any]:
+        return {"stdout": json.dumps({"steps": [{"at": at, "step": step} for at, step in steps]})}
+
+    hostvars = {"data1": {"x": answer((10.0, "stopped"))}, "data2": {"x": answer((9.5, "watches"), (11.0, "promoted"))}}
+    assert failover.failover_account(hostvars, ["data1", "data2"], ["x", "y"]) == [
+        "   0.00 s  data2: watches",
+        "   0.50 s  data1: stopped",
+        "   1.50 s  data2: promoted",
+    ]
