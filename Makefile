@@ -16,10 +16,10 @@ SECRETS := inventories/$(ENV)/group_vars/all/secrets.yml
 SCENARIOS := $(filter-out default shared,$(notdir $(patsubst %/,%,$(dir $(wildcard molecule/*/molecule.yml)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help lab deploy destroy test check lint unit molecule secrets locks wheelhouse docs host
+.PHONY: help lab deploy destroy test check lint unit molecule secrets locks wheelhouse docs host faults bench-failover
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 lab: ## A whole cluster on this machine: machines, site.yml, the sample DAG, a summary
 	@$(LAB)/lab.sh
@@ -47,6 +47,12 @@ unit: $(VENV) ## Unit tests
 
 molecule: host $(VENV) inventories/lab/group_vars/all/secrets.yml ## The whole cluster, then one scenario per role
 	@$(LAB)/molecule.sh default $(SCENARIOS)
+
+faults: $(VENV) ## Break the lab that `make lab` left, and mend it, under load: tests/faults
+	LAB_NAME=$${LAB_NAME:-lab} pytest tests/faults
+
+bench-failover: $(VENV) ## Measure failovers on the lab that `make lab` left (ROUNDS=5); writes bench/results/failover.json
+	LAB_NAME=$${LAB_NAME:-lab} PYTHONPATH=tests/faults:molecule/default/tests python bench/failover.py --rounds $${ROUNDS:-5}
 
 secrets: $(VENV) ## Generate what is missing of ENV's secrets, into an ansible-vault file
 	ansible-playbook playbooks/secrets.yml -i inventories/$(ENV)/hosts.yml
