@@ -157,14 +157,13 @@ def bridge_of(lab: str) -> str:
 
 
 def running_elsewhere(lab: str) -> str | None:
-    """The checkout whose machines are running on this lab's bridge, if it is another one."""
-    alias = Path(f"/sys/class/net/{bridge_of(lab)}/ifalias")
-    owner = alias.read_text().strip() if alias.exists() else ""
-    if not owner or owner == str(PROJECT):
-        return None
+    """The checkout that runs machines of a lab of this name, if it is another one; told by their monitor processes."""
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if f"{owner}/.lab/podman/".encode() in cmdline.read_bytes():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            words = cmdline.read_text().split("\0")
+            name, bundle = words[words.index("-n") + 1], words[words.index("-b") + 1]
+            owner, found, _ = bundle.partition("/.lab/podman/")
+            if found and name.startswith(f"{lab}-") and owner != str(PROJECT):
                 return owner
     return None
 
@@ -342,7 +341,6 @@ def up(spec: dict[str, Any]) -> bool:
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
         host_keys = list(pool.map(one, spec["machines"]))
     changed = write_ssh_files(lab, spec["machines"], host_keys)
-    run("ip", "link", "set", "dev", bridge_of(lab), "alias", str(PROJECT))
     give_back(LAB / lab)
     return changed
 
@@ -366,9 +364,10 @@ def down(spec: dict[str, Any]) -> bool:
 
 
 def remove_network(lab: str, subnet: str) -> None:
-    """Remove a lab's network, its configuration and what it left on the host."""
+    """Remove a lab's network, its configuration and what it left on the host, unless another checkout uses it."""
     (LAB / "networks" / f"{bridge_of(lab)}.json").unlink(missing_ok=True)
-    clear_network(lab, subnet)
+    if not running_elsewhere(lab):
+        clear_network(lab, subnet)
 
 
 def destroy() -> None:
