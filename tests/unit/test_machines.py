@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ def monitor(owner: str, name: str) -> Iterator[None]:
     bundle = f"{owner}/.lab/podman/overlay-containers/0/userdata"
     words = ["conmon", "-c", "input()", "-b", bundle, "-n", name]
     with subprocess.Popen(words, executable=sys.executable, stdin=subprocess.PIPE) as process:
+        # Its command line appears a moment after the program has.
+        while not Path(f"/proc/{process.pid}/cmdline").read_text():
+            time.sleep(0.01)
         yield
         process.communicate(b"\n")
 
