@@ -314,7 +314,8 @@ def write_ssh_files(lab: str, machines: Sequence[dict[str, Any]], host_keys: Seq
     known_hosts, config = folder / "known_hosts", folder / "config"
     old = known_hosts.read_text().splitlines() if known_hosts.exists() else []
     names = {m["address"]: m["name"] for m in machines}
-    others = [line for line in old if line.split()[0].split(",")[1] not in names]
+    # Neither the name nor the address of a machine that a killed run has left may stand beside the new one's.
+    others = [line for line in old if not {*line.split()[0].split(",")} & {*names, *names.values()}]
     fresh = [f"{m['name']},{m['address']} {key}" for m, key in zip(machines, host_keys, strict=True)]
     known_hosts.write_text("\n".join(sorted(others + fresh)) + "\n")
     entries = (line.split()[0].split(",") for line in sorted(others + fresh))

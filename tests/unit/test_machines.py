@@ -35,6 +35,17 @@ def test_a_lab_of_another_checkout_is_seen() -> None:
         assert machines.running_elsewhere("unit") is None
 
 
+def test_what_a_killed_run_left_is_not_found_in_place_of_the_new_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machines, "LAB", tmp_path)
+    (tmp_path / "unit" / "ssh").mkdir(parents=True)
+    for name, address in (("a", "10.77.9.1"), ("b", "10.77.9.2"), ("a", "10.77.9.3"), ("c", "10.77.9.3")):
+        machines.write_ssh_files("unit", [{"name": name, "address": address}], [f"key of {name}"])
+    hosts = (tmp_path / "unit" / "ssh" / "known_hosts").read_text().splitlines()
+    assert hosts == ["b,10.77.9.2 key of b", "c,10.77.9.3 key of c"]
+
+
 def test_its_network_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cleared: list[str] = []
     monkeypatch.setattr(machines, "LAB", tmp_path)
