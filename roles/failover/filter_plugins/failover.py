@@ -35,6 +35,16 @@ def reachable(state: State) -> bool:
     return bool(state.get("reachable", True)) and "role" in state
 
 
+def locked(states: Mapping[str, State], options: Mapping[str, Any]) -> list[str]:
+    """Members on which another run than `run` of the options is at work."""
+    return [
+        f"{host}: another failover, started by {lock['by']}, is running (heard of {lock['age']} s ago);"
+        " if that run was killed, try again in 30 s"
+        for host, state in states.items()
+        if (lock := state.get("lock") or {}) and lock["run"] != options.get("run")
+    ]
+
+
 def primaries_of(states: Mapping[str, State]) -> list[str]:
     """Members that are running primaries, by their own word or as another member sees them over the network."""
     found = []
@@ -157,13 +167,7 @@ def failover_plan(states: Mapping[str, State], service: str, options: Mapping[st
     confirm = str(options.get("confirm", ""))
     if confirm and (not force or confirm not in states):
         plan.refuse(f"confirm={confirm}: only with force=true, and the name of the primary that is given up")
-    for host, state in states.items():
-        lock = state.get("lock") or {}
-        if lock and lock["run"] != options.get("run"):
-            plan.refuse(
-                f"{host}: another failover, started by {lock['by']}, is running (heard of {lock['age']} s ago);"
-                " if that run was killed, try again in 30 s"
-            )
+    plan.refusals += locked(states, options)
     primaries = primaries_of(states)
     if len(primaries) > 1:
         plan.refuse(
@@ -209,7 +213,7 @@ def without_primary(
         plan.followers = [host for host in standbys if host != plan.candidate]
         plan.says.append(f"{plan.candidate} has everything that any of them has, and is promoted")
         return plan
-    plan.primary = next((host for host in others), "")
+    plan.primary = next(iter(others), "")
     if force:
         return forced(plan, service, states, wanted, confirm, [])
     said = ", ".join(f"{host}: {state.get('role') or 'unreachable'}" for host, state in states.items())
@@ -227,10 +231,7 @@ def rejoin_plan(states: Mapping[str, State], service: str, host: str, options: M
     if host not in states:
         return vars(plan.refuse(f"host={host}: not a member of {service} ({', '.join(states)})"))
     state = states[host]
-    for member, other in states.items():
-        lock = other.get("lock") or {}
-        if lock and lock["run"] != options.get("run"):
-            plan.refuse(f"{member}: another failover, started by {lock['by']}, is running")
+    plan.refusals += locked(states, options)
     primaries = primaries_of(states)
     live = [member for member in primaries if member != host]
     if options.get("only_if_needed") and primaries == [host]:
