@@ -8,16 +8,15 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from scenario import CA, SUBNET
 from testinfra.host import Host
 
-CA = Path(__file__).resolve().parents[3] / ".lab/roles/pki/ca.crt"
-API = "https://10.77.3.40:8080"
-FLOWER = "https://10.77.3.40:5555/flower"
+API = f"https://{SUBNET}.40:8080"
+FLOWER = f"https://{SUBNET}.40:5555/flower"
 UNITS = ("scheduler", "dag-processor", "triggerer", "flower", "api-server")
 DAG_ID = "molecule_probe"
 DAG = f'''

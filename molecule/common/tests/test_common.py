@@ -2,9 +2,11 @@
 
 import json
 
+from scenario import SUBNET
+
 
 def test_names_resolve_to_node_addresses(host):
-    assert host.addr("common1").ipv4_addresses == ["10.77.3.10"]
+    assert host.addr("common1").ipv4_addresses == [f"{SUBNET}.10"]
 
 
 def test_time_is_kept_without_setting_the_clock(host):

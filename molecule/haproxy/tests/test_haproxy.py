@@ -11,17 +11,16 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from scenario import CA, SUBNET
 from testinfra.host import Host
 
 Machine = Callable[[str], Host]
 
-VIP = "10.77.3.36"
-ADDRESS = {"haproxy1": "10.77.3.30", "haproxy2": "10.77.3.31"}
-CA = Path(__file__).resolve().parents[3] / ".lab/roles/pki/ca.crt"
+VIP = f"{SUBNET}.36"
+ADDRESS = {"haproxy1": f"{SUBNET}.30", "haproxy2": f"{SUBNET}.31"}
 STATS = "admin:" + hashlib.sha256(b"molecule haproxy stats").hexdigest()
 AUTH = {"Authorization": "Basic " + base64.b64encode(STATS.encode()).decode()}
 REDIS = "redis-cli --no-auth-warning --tls --cacert /etc/airflow-ha/tls/ca.crt --user airflow --pass molecule"
@@ -157,7 +156,7 @@ def test_api_behind_the_vip_over_verified_tls() -> None:
     assert status == 200
     assert headers["Strict-Transport-Security"] == "max-age=31536000"
     seen = json.loads(body)["headers"]
-    assert seen["x-forwarded-for"] == "10.77.3.1"
+    assert seen["x-forwarded-for"] == f"{SUBNET}.1"
     assert (seen["x-forwarded-proto"], seen["x-forwarded-host"]) == ("https", VIP)
     assert not {"forwarded", "x-forwarded-prefix"} & set(seen)
 

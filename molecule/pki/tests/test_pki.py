@@ -1,5 +1,7 @@
 """The certificate authority's work, as a node sees it."""
 
+from scenario import SUBNET
+
 TLS = "/etc/airflow-ha/tls"
 
 
@@ -9,7 +11,7 @@ def test_certificate_is_signed_by_the_authority(host):
 
 def test_certificate_names_the_node_loopback_and_nothing_foreign(host):
     names = host.run(f"openssl x509 -in {TLS}/node.crt -noout -ext subjectAltName").stdout
-    for name in ("DNS:pki1", "DNS:localhost", "IP Address:127.0.0.1", "IP Address:10.77.3.13"):
+    for name in ("DNS:pki1", "DNS:localhost", "IP Address:127.0.0.1", f"IP Address:{SUBNET}.13"):
         assert name in names
     assert names.count("IP Address") == 2
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenario import CA, PROJECT, SUBNET
 from testinfra.host import Host
 
-PROJECT = Path(__file__).resolve().parents[3]
 SCENARIO = Path(__file__).resolve().parents[1]
-MEMBERS = {"postgresql1": "10.77.3.20", "postgresql2": "10.77.3.21"}
+MEMBERS = {"postgresql1": f"{SUBNET}.20", "postgresql2": f"{SUBNET}.21"}
 CONFIG, DATA = "/etc/postgresql/17/main", "/var/lib/postgresql/17/main"
 PASSWORDS = {
     name: hashlib.sha256(f"molecule {name}".encode()).hexdigest() for name in ("airflow", "pipelines", "replication")
@@ -73,7 +73,7 @@ def streaming(machine: Machine) -> bool:
 
 def check(name: str, path: str) -> tuple[int, dict[str, Any]]:
     """Status and body of the primary check, over verified TLS."""
-    trusted = ssl.create_default_context(cafile=str(PROJECT / ".lab/roles/pki/ca.crt"))
+    trusted = ssl.create_default_context(cafile=str(CA))
     try:
         with urllib.request.urlopen(f"https://{MEMBERS[name]}:8008{path}", timeout=10, context=trusted) as answer:
             return answer.status, json.load(answer)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from scenario import SUBNET
 from testinfra.host import Host
 
 PROJECT = Path(__file__).resolve().parents[3]
 SCENARIO = Path(__file__).resolve().parents[1]
-MEMBERS = {"redis1": "10.77.3.25", "redis2": "10.77.3.26"}
+MEMBERS = {"redis1": f"{SUBNET}.25", "redis2": f"{SUBNET}.26"}
 PASSWORDS = {
     name: hashlib.sha256(f"molecule {name}".encode()).hexdigest()
     for name in ("admin", "airflow", "monitor", "replication")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from cluster import PROJECT, Api, import_components, make_input, table
+from cluster import Api, import_components, make_input, table
+from scenario import LAB, SUBNET
 
-LAB = PROJECT / ".lab" / "roles"
-ADDRESS = "10.77.3.60"
+ADDRESS = f"{SUBNET}.60"
 ADMIN_PASSWORD = hashlib.sha256(b"single airflow admin").hexdigest()
 
 
