@@ -55,7 +55,7 @@ faults: $(VENV) ## Break the lab that `make lab` left, and mend it, under load: 
 	LAB_NAME=$${LAB_NAME:-lab} pytest tests/faults
 
 bench-failover: $(VENV) ## Measure failovers on the lab that `make lab` left (ROUNDS=5); writes bench/results/failover.json
-	LAB_NAME=$${LAB_NAME:-lab} PYTHONPATH=tests/faults:molecule/default/tests python bench/failover.py --rounds $${ROUNDS:-5}
+	LAB_NAME=$${LAB_NAME:-lab} PYTHONPATH=tests/faults:molecule/default/tests python bench/failover.py --rounds $${ROUNDS:-5} $${ONLY:+--only $$ONLY}
 
 secrets: $(VENV) ## Generate what is missing of ENV's secrets, into an ansible-vault file
 	ansible-playbook playbooks/secrets.yml -i inventories/$(ENV)/hosts.yml

@@ -322,6 +322,8 @@ def write_ssh_files(lab: str, machines: Sequence[dict[str, Any]], host_keys: Seq
     config.write_text(
         "".join(f"Host {name}\n  HostName {address}\n  HostKeyAlias {name}\n" for name, address in entries)
         + f"Host *\n  User deploy\n  IdentityFile {folder / 'id_ed25519'}\n"
+        # Machines lose their power here; whoever was connected shall not wait for TCP to notice.
+        "  ConnectTimeout 5\n  ServerAliveInterval 3\n  ServerAliveCountMax 3\n"
         f"  UserKnownHostsFile {known_hosts}\n  StrictHostKeyChecking yes\n"
     )
     return not set(fresh) <= set(old)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ FAULTS = Path(__file__).resolve().parent
 INVENTORY = PROJECT / "inventories/lab/hosts.yml"
 MACHINES = PROJECT / "playbooks/lab/machines.py"
 ADDRESSES = {"data1": f"{SUBNET}.31", "data2": f"{SUBNET}.32"}
-Play = Callable[..., "subprocess.CompletedProcess[str]"]
+# A load ends by itself after this; no test takes so long.
+LOAD_MAX_S = 170
+# Two workers with airflow_worker_concurrency of the lab.
+SLOTS = 8
 
 
 def reach(name: str) -> Host:
@@ -61,13 +66,23 @@ def status() -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+def role(host: str, service: str = "postgresql") -> str:
+    """What that member says it is; "off" when its machine gives no answer."""
+    ask = f'echo \'{{"run": "test", "by": "test"}}\' | python3 /usr/local/lib/airflow-ha/failover {service} state'
+    try:
+        answer = reach(host).run(ask)
+    except RuntimeError:  # Testinfra's word for an ssh that failed
+        return "off"
+    return str(json.loads(answer.stdout)["role"]) if answer.rc == 0 else "unknown"
+
+
 def primary(service: str = "postgresql") -> str:
     """The one primary."""
-    ask = f'echo \'{{"run": "test", "by": "test"}}\' | python3 /usr/local/lib/airflow-ha/failover {service} state'
-    answers = {host: reach(host).run(ask) for host in ADDRESSES}
-    roles = {host: json.loads(answer.stdout)["role"] for host, answer in answers.items() if answer.rc == 0}
-    (found,) = [host for host, role in roles.items() if role == "primary"]
-    return found
+    with ThreadPoolExecutor() as pool:
+        roles = dict(zip(ADDRESSES, pool.map(lambda host: role(host, service), ADDRESSES), strict=True))
+    found = [host for host in roles if roles[host] == "primary"]
+    assert len(found) == 1, roles
+    return found[0]
 
 
 def other(host: str) -> str:
@@ -106,26 +121,28 @@ def kill(*names: str) -> None:
 
 def power_on() -> None:
     """Start every machine that is off."""
-    run("lab/create")
+    run("playbooks/lab/create")
 
 
 class Load:
-    """A write load that runs on an Airflow server beside the test."""
+    """A write load that runs on an Airflow server beside the test, until its result is asked for."""
 
-    def __init__(self, service: str, seconds: int, on: str = "airflow2") -> None:
-        """seconds: how long it writes."""
-        command = f"sudo /opt/airflow/current/bin/python - {service} {seconds}"
+    def __init__(self, service: str, on: str = "airflow2") -> None:
+        """service: postgresql or redis; on: the server whose local proxy it goes through."""
+        script = shlex.quote((FAULTS / "load.py").read_text())
+        command = f"sudo /opt/airflow/current/bin/python -c {script} {service} {LOAD_MAX_S}"
         ssh = ["ssh", "-F", str(LAB / "ssh" / "config"), on, command]
-        with (FAULTS / "load.py").open() as script:
-            self._process = subprocess.Popen(ssh, stdin=script, stdout=subprocess.PIPE, text=True)
-        time.sleep(2)
+        self._process = subprocess.Popen(ssh, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "begins\n"
+        time.sleep(1)
 
     def result(self, *, loss_allowed: bool = False) -> dict[str, Any]:
-        """Wait for its end; fails when it lost anything that was acknowledged, unless that is allowed."""
-        output, _ = self._process.communicate(timeout=180)
+        """Stop it; fails when it lost anything that was acknowledged, unless that is allowed."""
+        output, _ = self._process.communicate(timeout=180)  # which closes its standard input
         found: dict[str, Any] = json.loads(output)
         assert loss_allowed or found["lost"] == [], found
-        assert found["acknowledged"] > 100, found
+        assert found["acknowledged"] > 50, found
         return found
 
 
@@ -133,24 +150,28 @@ class Tasks:
     """A run of the DAG fault_counter."""
 
     def __init__(self, client: Api, count: int, seconds: float) -> None:
-        """Trigger it: `count` tasks of `seconds` each, more than there are slots for."""
+        """Trigger it: `count` tasks of `seconds` each, of which SLOTS run at the same time."""
         self._client = client
         path = "/dags/fault_counter/dagRuns"
         body = {"logical_date": None, "conf": {"count": count, "seconds": seconds}}
         self.run_id = client.call("POST", path, json=body)["dag_run_id"]
         self._path, self._count = f"{path}/{self.run_id}", count
 
-    def states(self) -> list[str]:
-        """States of the counting tasks."""
+    def instances(self) -> dict[int, dict[str, Any]]:
+        """Number to what the API says of the counting task with this number."""
         answer = self._client.call("GET", f"{self._path}/taskInstances", params={"limit": 100})
-        return [item["state"] for item in answer["task_instances"] if item["task_id"] == "count"]
+        return {item["map_index"]: item for item in answer["task_instances"] if item["task_id"] == "count"}
+
+    def numbers(self, state: str) -> set[int]:
+        """Those of the counting tasks that are in this state."""
+        return {number for number, item in self.instances().items() if item["state"] == state}
 
     def running(self) -> None:
-        """Wait until some run and some are queued."""
-        eventually(lambda: "running" in self.states(), 60)
+        """Wait until some run, and some are queued where there are more than slots."""
+        eventually(lambda: self.numbers("running") and (self._count <= SLOTS or self.numbers("queued")), 60)
 
-    def succeed(self, seconds: float = 150) -> None:
-        """Wait for the success of all; each has left its row exactly once."""
+    def end(self, seconds: float = 150) -> str:
+        """Wait for the run's end; returns its state."""
 
         def state() -> str:
             try:
@@ -158,11 +179,30 @@ class Tasks:
             except OSError:  # the API is behind the failover too
                 return "unknown"
 
-        eventually(lambda: state() in ("success", "failed"), seconds)
-        assert state() == "success", self.states()
+        return str(eventually(lambda: found if (found := state()) in ("success", "failed") else "", seconds))
+
+    def rows(self) -> dict[int, int]:
+        """Number to how many rows it left."""
         query = f"select number, count(*) from fault_rows where run_id = '{self.run_id}' group by 1 order by 1"
-        rows = sql(primary(), query, "pipelines").splitlines()
-        assert rows == [f"{number}|1" for number in range(self._count)]
+        lines = sql(primary(), query, "pipelines").splitlines()
+        return {int(number): int(count) for number, _, count in (line.partition("|") for line in lines)}
+
+    def outcome(self) -> dict[str, set[int]]:
+        """After the end: which left no row (`lost`), more than one (`doubled`), or needed another try (`repeated`)."""
+        rows, instances = self.rows(), self.instances()
+        return {
+            "lost": {number for number in range(self._count) if number not in rows},
+            "doubled": {number for number, count in rows.items() if count > 1},
+            "repeated": {
+                number for number, item in instances.items() if item["try_number"] > 1 or item["state"] != "success"
+            },
+        }
+
+    def succeed(self, seconds: float = 150) -> None:
+        """Wait for the success of all; each has left its row exactly once."""
+        assert self.end(seconds) == "success", self.instances()
+        found = self.outcome()
+        assert (found["lost"], found["doubled"]) == (set(), set()), found
 
 
 def sql(host: str, statement: str, database: str = "postgres") -> str:

@@ -1,8 +1,9 @@
-"""A bounded write load through the local proxy: `- <postgresql|redis> <seconds>`, with the Python of an Airflow server.
+"""A bounded write load through the local proxy: `<postgresql|redis> <seconds>`, with the Python of an Airflow server.
 
-Writes one number after the other, reconnecting whenever something fails, and in the end reads all of them back. Prints
-JSON: `acknowledged` (how many), `lost` (acknowledged and not there), `gap` (seconds, the longest time between two
-acknowledged writes), `first_after_gap` (when the longest gap ended, seconds since 1970) and `errors` by their text.
+Writes one number after the other, reconnecting whenever something fails, until standard input is closed or the time is
+over, and then reads all of them back. Prints JSON: `acknowledged` (how many), `lost` (acknowledged and not there), `gap`
+(seconds, the longest time between two acknowledged writes), `first_after_gap` (when the longest gap ended, seconds since
+1970) and `errors` by their text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import shlex
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -108,15 +110,31 @@ def insist(load: Any, action: Any, seconds: float) -> Any:
             time.sleep(0.2)
 
 
+def end_of_input() -> threading.Event:
+    """Set when nobody holds the other end of standard input any more."""
+    closed = threading.Event()
+
+    def read() -> None:
+        sys.stdin.read()
+        closed.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    return closed
+
+
 def main(service: str, seconds: str) -> None:
     """Entry point."""
     load: Any = {"postgresql": PostgresqlLoad, "redis": RedisLoad}[service]()
     insist(load, load.begin, 10)
+    closed = end_of_input()
+    print("begins", flush=True)
     acknowledged, errors = [], {}
     began = last = time.monotonic()
     gap, ended = 0.0, 0.0
     for number in range(MAX_WRITES):
-        if time.monotonic() - began > float(seconds):
+        # An outage at the end counts too: it goes on until a write is acknowledged.
+        asked_to_stop = closed.is_set() and acknowledged[-1:] == [number - 1]
+        if asked_to_stop or time.monotonic() - began > float(seconds):
             break
         try:
             load.write(number)
@@ -130,6 +148,7 @@ def main(service: str, seconds: str) -> None:
                 gap, ended = time.monotonic() - last, time.time()
             last = time.monotonic()
         time.sleep(PAUSE_S)
+    gap = max(gap, time.monotonic() - last)
     present = insist(load, load.read, 30)
     lost = sorted(set(acknowledged) - present)
     insist(load, load.end, 10)

@@ -20,7 +20,7 @@ def timeline(host: str) -> str:
 def test_a_killed_postmaster_comes_back_without_a_change_of_roles() -> None:
     host = primary()
     before = timeline(host)
-    load = Load("postgresql", 15)
+    load = Load("postgresql")
     reach(host).check_output(f"kill -KILL $(head -n 1 {DATA}/postmaster.pid)")
     load.result()
     assert (primary(), timeline(host)) == (host, before)
@@ -30,7 +30,7 @@ def test_switchover_there_and_back_under_load(client: Api) -> None:
     first = primary()
     tasks = Tasks(client, count=12, seconds=4)
     tasks.running()
-    load = Load("postgresql", 60)
+    load = Load("postgresql")
     said = failover("postgresql")
     assert primary() == other(first)
     assert "promoted" in said
@@ -59,7 +59,7 @@ def test_refused_before_anything_changes() -> None:
 
 def test_a_run_that_is_killed_halfway_is_finished_by_the_next() -> None:
     host = primary()
-    load = Load("postgresql", 100)
+    load = Load("postgresql")
     playing = subprocess.Popen(
         playbook("failover", "-eservice=postgresql"), cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL, start_new_session=True,

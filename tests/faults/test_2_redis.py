@@ -10,7 +10,7 @@ def test_switchover_while_tasks_are_queued_and_running(client: Api) -> None:
     host = primary("redis")
     tasks = Tasks(client, count=16, seconds=6)
     tasks.running()
-    load = Load("redis", 30)
+    load = Load("redis")
     failover("redis")
     assert primary("redis") == other(host)
     assert load.result()["gap"] <= 3

@@ -23,7 +23,7 @@ def test_a_rack_with_the_primaries_is_gone(client: Api) -> None:
             eventually(lambda: session.get(f"https://{VIP}/api/v2/version", timeout=5).status_code == 200, 30)
         assert "cannot be reached" in failover("postgresql", "force=true")
         failover("redis", "force=true")
-        load = Load("postgresql", 3, on="airflow2" if host == "data1" else "airflow1")
+        load = Load("postgresql", on="airflow2" if host == "data1" else "airflow1")
         load.result()
         after = Tasks(client, count=4, seconds=1)
         after.succeed()
