@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure what clients notice of failovers on the lab, print a table and write bench/results/failover.json.
 
-`make bench-failover [ROUNDS=5] [ONLY=data]`. Every figure is taken by a client behind the local proxy of an Airflow server
-that writes all the time, or from Airflow's own record of its tasks. `met` of a row is computed from its figures. With
-ONLY, nothing is written: the file holds one whole run.
+`make bench-failover [ROUNDS=5] [ONLY=data]`. Every figure is taken by a client behind the local proxy of an Airflow
+server that writes all the time, or from Airflow's own record of its tasks. `met` of a row is computed from its figures.
+With ONLY, nothing is written: the file holds one whole run.
 """
 
 from __future__ import annotations

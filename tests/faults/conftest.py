@@ -11,8 +11,9 @@ from faultlab import deliver_dag, healthy, login, run
 
 @pytest.fixture(scope="session", autouse=True)
 def dag() -> Iterator[None]:
-    """The DAG of the tests, taken away again after them."""
+    """A healthy cluster, and the DAG of the tests, taken away again after them."""
     deliver_dag()
+    healthy()
     yield
     run("site", "--tags=dags")
 
@@ -24,8 +25,7 @@ def client(dag: None) -> Api:
 
 
 @pytest.fixture(autouse=True)
-def well_before_and_after() -> Iterator[None]:
-    """Every test gets a healthy cluster and leaves one."""
-    healthy()
+def well_after() -> Iterator[None]:
+    """Every test leaves a healthy cluster to the next."""
     yield
     healthy()

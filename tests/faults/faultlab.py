@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -29,6 +30,7 @@ LOAD_MAX_S = 170
 SLOTS = 8
 
 
+@functools.cache
 def reach(name: str) -> Host:
     """Testinfra's host, as root."""
     return testinfra.get_host(f"ssh://{name}?sudo=true&controlpersist=60", ssh_config=str(LAB / "ssh" / "config"))
@@ -40,10 +42,14 @@ def playbook(name: str, *arguments: str) -> list[str]:
     return ["ansible-playbook", "-i", str(INVENTORY), f"{file}.yml", *arguments]
 
 
+def environment() -> dict[str, str]:
+    """What playbooks need to find this lab, whoever started the tests."""
+    return {**os.environ, "LAB_NAME": LAB_NAME, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
+
+
 def _ansible(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LAB_NAME": LAB_NAME}
     return subprocess.run(
-        command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command, cwd=PROJECT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
 
 
@@ -66,14 +72,24 @@ def status() -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def role(host: str, service: str = "postgresql") -> str:
-    """What that member says it is; "off" when its machine gives no answer."""
+def member(host: str, service: str) -> dict[str, Any]:
+    """What that member says of itself; its role is "off" when its machine gives no answer."""
     ask = f'echo \'{{"run": "test", "by": "test"}}\' | python3 /usr/local/lib/airflow-ha/failover {service} state'
     try:
         answer = reach(host).run(ask)
     except RuntimeError:  # Testinfra's word for an ssh that failed
-        return "off"
-    return str(json.loads(answer.stdout)["role"]) if answer.rc == 0 else "unknown"
+        return {"role": "off"}
+    return dict(json.loads(answer.stdout)) if answer.rc == 0 else {"role": "unknown"}
+
+
+def role(host: str, service: str = "postgresql") -> str:
+    """primary, standby, stopped, unknown, none or off."""
+    return str(member(host, service)["role"])
+
+
+def lock_of(host: str) -> dict[str, Any]:
+    """Which failover is at work there."""
+    return dict(member(host, "postgresql").get("lock") or {})
 
 
 def primary(service: str = "postgresql") -> str:
@@ -210,14 +226,19 @@ def sql(host: str, statement: str, database: str = "postgres") -> str:
     return str(reach(host).check_output("runuser -u postgres -- psql -XAtqd %s -c %s", database, statement)).strip()
 
 
-def deliver_dag() -> None:
-    """Deliver the DAG fault_counter, as users deliver theirs."""
+def dags_folders() -> str:
+    """The argument that adds the DAG fault_counter to what site.yml delivers."""
     folders = [
         {"source": str(PROJECT / "files/dags"), "target": ""},
         {"source": str(PROJECT / "files/spark"), "target": "spark"},
         {"source": str(FAULTS / "dags"), "target": "faults"},
     ]
-    run("site", "--tags=dags", f"-e{json.dumps({'dags_folders': folders})}")
+    return f"-e{json.dumps({'dags_folders': folders})}"
+
+
+def deliver_dag() -> None:
+    """Deliver the DAG fault_counter, as users deliver theirs."""
+    run("site", "--tags=dags", dags_folders())
 
 
 def login() -> Api:

@@ -1,9 +1,9 @@
 """A bounded write load through the local proxy: `<postgresql|redis> <seconds>`, with the Python of an Airflow server.
 
 Writes one number after the other, reconnecting whenever something fails, until standard input is closed or the time is
-over, and then reads all of them back. Prints JSON: `acknowledged` (how many), `lost` (acknowledged and not there), `gap`
-(seconds, the longest time between two acknowledged writes), `first_after_gap` (when the longest gap ended, seconds since
-1970) and `errors` by their text.
+over, and then reads all of them back. Prints "begins", and in the end JSON: `acknowledged` (how many), `lost`
+(acknowledged and not there), `gap` (seconds, the longest time between two acknowledged writes), `first_after_gap` (when
+that one ended, seconds since 1970) and `errors` by their text.
 """
 
 from __future__ import annotations
