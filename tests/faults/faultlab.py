@@ -44,7 +44,8 @@ def playbook(name: str, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """What playbooks need to find this lab, whoever started the tests."""
-    return {**os.environ, "LAB_NAME": LAB_NAME, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
+    config = str(PROJECT / "ansible.cfg")
+    return {**os.environ, "LAB_NAME": LAB_NAME, "ANSIBLE_CONFIG": config, "ANSIBLE_FORCE_COLOR": "0"}
 
 
 def _ansible(command: list[str]) -> subprocess.CompletedProcess[str]:
