@@ -36,7 +36,8 @@ def planned(service: str, client: Api) -> dict[str, float]:
         f"{service}_switchover_write_gap": written["gap"],
         "planned_commits_lost": len(written["lost"]),
         "planned_tasks_lost": len(found["lost"]),
-        "planned_tasks_run_twice": len(found["doubled"] | found["repeated"]),
+        # A task whose own transaction is open when PostgreSQL moves fails with nothing done, and tries again.
+        "planned_tasks_run_twice": len(found["doubled"] | (found["repeated"] if service == "redis" else set())),
     }
 
 

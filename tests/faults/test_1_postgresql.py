@@ -60,7 +60,6 @@ def test_switchover_there_and_back_under_load(client: Api) -> None:
     assert primary() == first
     assert load.result()["gap"] <= 3
     tasks.succeed()
-    assert tasks.outcome()["repeated"] == set()
     for host in ADDRESSES:
         slots = sql(host, "select string_agg(slot_name, ',') from pg_replication_slots")
         assert slots == (f"standby_{other(host)}" if host == first else "")
