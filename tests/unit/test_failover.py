@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -9,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import failover
+import fence
 import journal
 import pytest
 
 MIB = 1 << 20
+_spec = importlib.util.spec_from_file_location("steps", Path(journal.__file__).with_name("__main__.py"))
+assert _spec
+assert _spec.loader
+steps = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(steps)
 
 
 def primary(**more: Any) -> dict[str, Any]:
@@ -246,3 +253,46 @@ def test_account_is_in_the_order_of_time() -> None:
         "   0.50 s  data1: stopped",
         "   1.50 s  data2: promoted",
     ]
+
+
+def test_peers_are_never_asked_while_the_process_is_another_user() -> None:
+    class Member:
+        acting = 0
+
+        def probe(self, _address: str) -> dict[str, Any]:
+            for _ in range(20):
+                assert not self.acting
+                time.sleep(0.005)
+            return {"role": "standby"}
+
+        def state(self, _seen: dict[str, Any]) -> dict[str, Any]:
+            self.acting = 1
+            time.sleep(0.05)
+            self.acting = 0
+            return {"role": "primary"}
+
+    began = time.monotonic()
+    said = steps.look(Member(), {"data2": "192.0.2.2", "data3": "192.0.2.3"})
+    assert said == {"role": "primary", "seen": {"data2": {"role": "standby"}, "data3": {"role": "standby"}}}
+    assert time.monotonic() - began < 0.25, "one peer after the other"
+
+
+def test_a_fence_closes_the_ports_to_all_but_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(fence, "_nft", lambda *arguments: asked.append(arguments))
+    assert fence.close("redis", [6379], tmp_path) == "fenced: 6379 closed by the firewall"
+    assert 'iifname != "lo" tcp dport { 6379 } drop' in (tmp_path / "redis.nft").read_text()
+    assert (fence.closed("redis", tmp_path), fence.closed("postgresql", tmp_path)) == (True, False)
+    fence.release("redis", tmp_path)
+    fence.release("postgresql", tmp_path)
+    assert not fence.closed("redis", tmp_path)
+    table = "table inet airflow_ha_fence_redis"
+    assert asked == [("--file", str(tmp_path / "redis.nft")), (f"{table}; delete {table}",)]
+
+
+def test_a_firewall_that_refuses_does_not_hold_up_a_failover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: str) -> None:
+        raise journal.FailoverError("nft is not installed")
+
+    monkeypatch.setattr(fence, "_nft", refuse)
+    assert "not by the firewall: nft is not installed" in fence.close("redis", [6379], tmp_path)
