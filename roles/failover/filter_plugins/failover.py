@@ -152,7 +152,7 @@ def forced(
         *(f"{host} will be stopped and kept from starting" for host in plan.fence),
         *(f"{host} cannot be reached and is not fenced: it refuses to start as a primary while it sees a newer one"
           for host in unreachable),
-        *([f"{plan.candidate} has no standby: synchronous replication will be suspended until synchronous.yml resumes it"]
+        *([f"{plan.candidate} will have no standby: synchronous replication is suspended, synchronous.yml resumes it"]
           if plan.alone and states[plan.candidate].get("synchronous") else []),
     ]  # fmt: skip
     return plan
@@ -255,6 +255,7 @@ def rejoin_plan(states: Mapping[str, State], service: str, host: str, options: M
     if plan.refusals:
         return vars(plan)
     plan.primary, plan.candidate = host, live[0]
+    plan.followers = [member for member in states if member not in (host, live[0]) and reachable(states[member])]
     same = service != "postgresql" or state.get("timeline") == states[live[0]].get("timeline")
     if state["role"] == "standby" and (state.get("receiver") or {}).get("status") == "streaming" and same:
         plan.says = [f"{host} is a standby of {live[0]} and in step: nothing to do"]

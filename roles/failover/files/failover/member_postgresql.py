@@ -18,6 +18,7 @@ import fence
 import psycopg2
 import psycopg2.extras
 from journal import FailoverError, Journal, wait_for
+from wal import REPLAYING, SHUTDOWN_RECORD, end_of_wal, lsn_text, segment_start, wanted_slots
 
 READY_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 60
@@ -25,10 +26,6 @@ START_TIMEOUT_S = 60
 STREAM_TIMEOUT_S = 60
 # Longer than the primary waits for a standby that is silent (wal_sender_timeout).
 ARRIVAL_TIMEOUT_S = 15
-SHUTDOWN_RECORD = re.compile(r"desc: CHECKPOINT_SHUTDOWN\b")
-# What a warm standby's processes call themselves, and where pg_waldump says that the WAL ends.
-REPLAYING = re.compile(r"\bstartup (?:recovering|waiting for) ([0-9A-F]{8})([0-9A-F]{8})([0-9A-F]{8})")
-WAL_END = re.compile(r"(?:\bat|LSN) ([0-9A-F]+)/([0-9A-F]+)")
 WARM = "Hot standby mode is disabled"
 # Sorts after the role's own file: what stands here wins, until somebody takes it away.
 SUSPENDED = "conf.d/zz-synchronous-suspended.conf"
@@ -78,16 +75,6 @@ PEER_QUERY = """
 
 class WarmStandbyError(FailoverError):
     """The server is a warm standby, which takes no connections."""
-
-
-def lsn_bytes(high: str, low: str) -> int:
-    """A position in the WAL as bytes from 0/0."""
-    return (int(high, 16) << 32) + int(low, 16)
-
-
-def lsn_text(position: int) -> str:
-    """The same as PostgreSQL writes it."""
-    return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
 
 
 @contextlib.contextmanager
@@ -233,7 +220,8 @@ class Postgresql:
             )
             cursor.execute(
                 "select pg_drop_replication_slot(slot_name) from pg_replication_slots"
-                " where slot_name like 'standby\\_%%' and slot_type = 'physical' and not active and slot_name <> all(%s::text[])",
+                " where slot_name like 'standby\\_%%' and slot_type = 'physical' and not active"
+                " and slot_name <> all(%s::text[])",
                 [wanted],
             )
 
@@ -435,9 +423,7 @@ class Postgresql:
             return any(self.probe(address).get("sends") for address in self._peers.values())
 
     def _wanted(self, primary: str) -> set[str]:
-        """Slots of the members that stream from here while that one is the primary."""
-        senders = {host: self._upstreams[host] or primary for host in self._slots if host != primary}
-        return {self._slots[host] for host, sender in senders.items() if sender == self._name}
+        return wanted_slots(self._name, primary, self._slots, self._upstreams)
 
     def _forget_slots(self, primary: str) -> None:
         """As `slots`, on a stopped server, which forgets those that it does not find."""
@@ -455,10 +441,8 @@ class Postgresql:
         """Where the WAL here ends, read from the beginning of the segment that is being replayed."""
         if not replay:
             return 0
-        size = int(self._control()["Bytes per WAL segment"])
-        begin = lsn_bytes(replay[2], "0") + int(replay[3], 16) * size
-        found = WAL_END.findall(self._waldump(timeline, lsn_text(begin), "--quiet").stderr)
-        return max([begin, *(lsn_bytes(high, low) for high, low in found)])
+        begin = segment_start(replay, int(self._control()["Bytes per WAL segment"]))
+        return end_of_wal(begin, self._waldump(timeline, lsn_text(begin), "--quiet").stderr)
 
     def _waldump(self, timeline: int, begin: str, *options: str) -> subprocess.CompletedProcess[str]:
         path = f"--path={self._data / 'pg_wal'}"
