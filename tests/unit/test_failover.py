@@ -183,6 +183,7 @@ def test_redis_replicas_must_share_the_history() -> None:
     [
         ({"data1": STOPPED, "data2": primary()}, {}, "rewind", "data1 becomes a standby of data2"),
         ({"data1": standby(), "data2": primary()}, {}, "none", "nothing to do"),
+        ({"data1": standby(firewalled=True), "data2": primary()}, {}, "rewind", "data1 becomes a standby of data2"),
         ({"data1": standby(receiver=None), "data2": primary()}, {}, "rewind", "data1 becomes a standby"),
         ({"data1": primary(), "data2": primary(timeline=4)}, {"confirm": "data1"}, "rewind", "data1 becomes a standby"),
         ({"data1": primary(), "data2": standby()}, {"only_if_needed": True}, "none", "data1 is the primary"),

@@ -257,7 +257,8 @@ def rejoin_plan(states: Mapping[str, State], service: str, host: str, options: M
     plan.primary, plan.candidate = host, live[0]
     plan.followers = [member for member in states if member not in (host, live[0]) and reachable(states[member])]
     same = service != "postgresql" or state.get("timeline") == states[live[0]].get("timeline")
-    if state["role"] == "standby" and (state.get("receiver") or {}).get("status") == "streaming" and same:
+    streams = state["role"] == "standby" and (state.get("receiver") or {}).get("status") == "streaming"
+    if streams and same and not state.get("masked") and not state.get("firewalled"):
         plan.says = [f"{host} is a standby of {live[0]} and in step: nothing to do"]
         return vars(plan)
     plan.kind = "rewind" if service == "postgresql" else "follow"
