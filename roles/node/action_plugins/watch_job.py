@@ -24,7 +24,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Poll until the job has finished."""
         result: dict[str, Any] = super().run(tmp, task_vars)
-        job = {"jid": self._task.args["job"], "mode": "status", "_async_dir": self._get_async_dir()}
+        job = {
+            "jid": self._task.args["job"],
+            "mode": "status",
+            "_async_dir": self.get_shell_option("async_dir", "~/.ansible_async"),
+        }
         shown = float("-inf")
         while True:
             status = self._execute_module("ansible.legacy.async_status", job, task_vars=task_vars)
