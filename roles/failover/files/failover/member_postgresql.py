@@ -237,7 +237,7 @@ class Postgresql:
             watch.close()
             self._journal.step("the primary closes its connections")
             # Who streams from another standby stays connected to it.
-            direct = self._upstream in ("", primary)
+            direct = self._peers.get(self._upstream, primary) == primary
 
             def complete() -> bool:
                 if cursor is None:
