@@ -10,6 +10,8 @@ from typing import Any
 import fence
 import redis
 from journal import FailoverError, Journal, wait_for
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 SWITCH_TIMEOUT_S = 15
 SYNC_TIMEOUT_S = 60
@@ -71,7 +73,7 @@ class Redis:
         """Whether another member can be reached from here as a running primary."""
         link = redis.Redis(
             host=address, port=self._port, username="monitor", password=self._monitor, ssl=True, ssl_ca_certs=self._ca,
-            socket_timeout=3, socket_connect_timeout=3,
+            socket_timeout=3, socket_connect_timeout=3, retry=Retry(NoBackoff(), 0),
         )  # fmt: skip
         try:
             return {"role": "primary" if link.info("replication")["role"] == "master" else "standby"}
