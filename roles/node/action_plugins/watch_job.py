@@ -31,12 +31,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         }
         shown = float("-inf")
         while True:
-            status = self._execute_module("ansible.legacy.async_status", job, task_vars=task_vars)
-            if status.get("finished") or status.get("failed"):
-                return {**result, **status, "finished": True, "changed": bool(status.get("changed"))}
             if time.monotonic() - shown >= float(self._task.args["every"]):
                 self._show(str((task_vars or {}).get("inventory_hostname", "")))
                 shown = time.monotonic()
+            status = self._execute_module("ansible.legacy.async_status", job, task_vars=task_vars)
+            if status.get("finished") or status.get("failed"):
+                return {**result, **status, "finished": True, "changed": bool(status.get("changed"))}
             time.sleep(POLL_S)
 
     def _show(self, host: str) -> None:
