@@ -45,5 +45,7 @@ def test_answers_speak_one_language():
         {"item": "d", "rc": 1, "stdout_lines": ["primary"]},
         {"item": "e", "rc": 0, "stdout_lines": ["NOAUTH Authentication required."]},
         {"item": "f", "rc": 0, "stdout_lines": []},
+        {"item": "g", "rc": 2, "stderr": "FATAL:  not accepting connections\nDETAIL:  Hot standby mode is disabled."},
     ]
-    assert cluster_state_answers(results) == {"a": "primary", "b": "standby", "c": "standby", "e": "", "f": ""}
+    found = cluster_state_answers(results)
+    assert found == {"a": "primary", "b": "standby", "c": "standby", "e": "", "f": "", "g": "standby"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -9,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import failover
+import fence
 import journal
 import pytest
+import wal
 
 MIB = 1 << 20
+_spec = importlib.util.spec_from_file_location("steps", Path(journal.__file__).with_name("__main__.py"))
+assert _spec
+assert _spec.loader
+steps = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(steps)
 
 
 def primary(**more: Any) -> dict[str, Any]:
@@ -52,6 +60,41 @@ def test_the_inventory_order_does_not_matter() -> None:
 def test_planned_takes_the_standby_with_most_and_has_the_others_follow() -> None:
     decided = plan({"data1": primary(), "data2": standby(lsn=90 * MIB), "data3": standby()})
     assert (decided["candidate"], decided["followers"]) == ("data3", ["data2"])
+
+
+def test_a_standby_of_the_primary_goes_before_one_of_a_standby() -> None:
+    states = {"data1": primary(standbys=[{"name": "data2"}]), "data2": standby(lsn=90 * MIB), "data3": standby()}
+    assert plan(states)["candidate"] == "data2"
+    assert plan(states, candidate="data3")["candidate"] == "data3"
+
+
+@pytest.mark.parametrize(("candidate", "alone"), [("data2", False), ("data3", True)])
+def test_forced_knows_who_is_left_to_acknowledge(candidate: str, alone: bool) -> None:
+    states = {"data1": GONE, "data2": standby(upstream="data1"), "data3": standby(upstream="data2")}
+    assert plan(states, force=True, candidate=candidate)["alone"] is alone
+    assert plan({"data1": GONE, "data2": standby()}, force=True)["alone"] is True
+
+
+STREAMING = [{"state": "streaming", "sync": "quorum"}]
+
+
+@pytest.mark.parametrize(
+    ("states", "enabled", "mode", "hosts", "says"),
+    [
+        ({}, False, "on", ["data1", "data2"], "suspended on data1, data2"),
+        ({"data2": GONE}, False, "on", ["data1"], "suspended on data1"),
+        ({"data1": primary(suspended=True, standbys=STREAMING)}, True, "on", ["data1"], "resumed on data1"),
+        ({}, True, "off", [], "nothing to do"),
+        ({}, True, "on", [], "no standby streams from the primary"),
+        ({}, False, "off", [], "postgresql_synchronous_mode is off"),
+        ({"data2": standby(lock=BUSY)}, False, "on", [], "another failover"),
+    ],
+)
+def test_synchronous(states: dict[str, Any], enabled: bool, mode: str, hosts: list[str], says: str) -> None:
+    members = {"data1": primary(suspended=False), "data2": standby(suspended=False)} | states
+    decided = failover.synchronous_plan(members, enabled, mode, {"run": "me"})
+    assert decided["hosts"] == hosts
+    assert says in (decided["refusals"] or decided["says"])[0]
 
 
 REFUSED = [
@@ -140,6 +183,7 @@ def test_redis_replicas_must_share_the_history() -> None:
     [
         ({"data1": STOPPED, "data2": primary()}, {}, "rewind", "data1 becomes a standby of data2"),
         ({"data1": standby(), "data2": primary()}, {}, "none", "nothing to do"),
+        ({"data1": standby(firewalled=True), "data2": primary()}, {}, "rewind", "data1 becomes a standby of data2"),
         ({"data1": standby(receiver=None), "data2": primary()}, {}, "rewind", "data1 becomes a standby"),
         ({"data1": primary(), "data2": primary(timeline=4)}, {"confirm": "data1"}, "rewind", "data1 becomes a standby"),
         ({"data1": primary(), "data2": standby()}, {"only_if_needed": True}, "none", "data1 is the primary"),
@@ -188,6 +232,9 @@ def test_status_of_a_healthy_cluster() -> None:
         ({"data2": GONE}, ["data1"], "data2: PostgreSQL unreachable: No route to host"),
         ({"data2": primary()}, ["data1"], "PostgreSQL: 2 primaries"),
         ({"data1": STOPPED}, [], "PostgreSQL: no primary"),
+        ({"data2": standby(suspended=True)}, ["data1"], "data2: synchronous replication is suspended"),
+        ({"data1": primary(synchronous="ANY 1 (data2)")}, ["data1"], "data1: writes wait for a synchronous standby"),
+        ({"data2": standby(firewalled=True)}, ["data1"], "data2: PostgreSQL is fenced (firewall)"),
         ({}, ["data2"], "worker1: the local proxy has ['data2'] as primary"),
         ({}, [], "worker1: the local proxy has no server as primary"),
         ({"data1": primary(slots=[{"name": "standby_data2", "active": False, "wal_status": "lost", "retained": 1}])},
@@ -246,3 +293,77 @@ def test_account_is_in_the_order_of_time() -> None:
         "   0.50 s  data1: stopped",
         "   1.50 s  data2: promoted",
     ]
+
+
+def test_peers_are_never_asked_while_the_process_is_another_user() -> None:
+    class Member:
+        acting = 0
+
+        def probe(self, _address: str) -> dict[str, Any]:
+            for _ in range(20):
+                assert not self.acting
+                time.sleep(0.005)
+            return {"role": "standby"}
+
+        def state(self, _seen: dict[str, Any]) -> dict[str, Any]:
+            self.acting = 1
+            time.sleep(0.05)
+            self.acting = 0
+            return {"role": "primary"}
+
+    began = time.monotonic()
+    said = steps.look(Member(), {"data2": "192.0.2.2", "data3": "192.0.2.3"})
+    assert said == {"role": "primary", "seen": {"data2": {"role": "standby"}, "data3": {"role": "standby"}}}
+    assert time.monotonic() - began < 0.25, "one peer after the other"
+
+
+def test_a_fence_closes_the_ports_to_all_but_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(fence, "_nft", lambda *arguments: asked.append(arguments))
+    assert fence.close("redis", [6379], tmp_path) == "fenced: 6379 closed by the firewall"
+    assert 'iifname != "lo" tcp dport { 6379 } drop' in (tmp_path / "redis.nft").read_text()
+    assert (fence.closed("redis", tmp_path), fence.closed("postgresql", tmp_path)) == (True, False)
+    fence.release("redis", tmp_path)
+    fence.release("postgresql", tmp_path)
+    assert not fence.closed("redis", tmp_path)
+    table = "table inet airflow_ha_fence_redis"
+    assert asked == [("--file", str(tmp_path / "redis.nft")), (f"{table}; delete {table}",)]
+
+
+def test_a_firewall_that_refuses_does_not_hold_up_a_failover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: str) -> None:
+        raise journal.FailoverError("nft is not installed")
+
+    monkeypatch.setattr(fence, "_nft", refuse)
+    assert "not by the firewall: nft is not installed" in fence.close("redis", [6379], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("primary_name", "slots"),
+    [
+        ("data1", {"data1": {"standby_data2"}, "data2": {"standby_data3"}, "data3": set()}),
+        ("data2", {"data1": set(), "data2": {"standby_data1", "standby_data3"}, "data3": set()}),
+        ("data3", {"data1": set(), "data2": set(), "data3": {"standby_data1", "standby_data2"}}),
+    ],
+)
+def test_slots_are_where_the_standbys_look_for_them(primary_name: str, slots: dict[str, set[str]]) -> None:
+    upstreams = {"data1": "", "data2": "", "data3": "data2"}
+    for name, wanted in slots.items():
+        others = {host: f"standby_{host}" for host in upstreams if host != name}
+        assert wal.wanted_slots(name, primary_name, others, upstreams) == wanted
+
+
+def test_the_end_of_the_wal_is_where_pg_waldump_gives_up() -> None:
+    said = (
+        "pg_waldump: error: error in WAL record at 0/30000D8: invalid record length at 1/3000110: expected at least 24"
+    )
+    assert wal.end_of_wal(0, said) == 0x1_0300_0110
+    assert wal.end_of_wal(7, "pg_waldump: error: could not find file") == 7
+    assert wal.lsn_text(0x1_0300_0110) == "1/3000110"
+
+
+def test_a_warm_standby_says_where_it_replays() -> None:
+    replay = wal.REPLAYING.search("postgres: data2: startup waiting for 00000003000000010000000A")
+    assert replay
+    assert int(replay[1], 16) == 3
+    assert wal.segment_start(replay, 16 * MIB) == 0x1_0A00_0000

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deliver
@@ -15,6 +17,11 @@ import yaml
 from preflight_probe import node_facts
 
 PROJECT = Path(__file__).resolve().parents[2]
+_spec = importlib.util.spec_from_file_location("watch_job", PROJECT / "roles/node/action_plugins/watch_job.py")
+assert _spec
+assert _spec.loader
+watch_job = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(watch_job)
 
 PROBE = """package redis-server 5:8.0.2-3
 passwd redis:x:102:103::/var/lib/redis:/usr/sbin/nologin
@@ -162,3 +169,21 @@ def test_deliver_leaves_the_old_file_when_the_new_one_is_refused(tmp_path: Path)
 def test_deliver_refuses_a_file_it_cannot_understand(tmp_path: Path, entry: dict[str, Any], says: str) -> None:
     _, output = play(tmp_path, {"files": [entry]})
     assert says in output
+
+
+@pytest.mark.parametrize("end", [{"finished": True, "rc": 0}, {"finished": True, "rc": 1, "failed": True}])
+def test_a_job_is_watched_to_its_end(
+    end: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([{"finished": False}, {"finished": False}, end])
+    monkeypatch.setattr(watch_job, "POLL_S", 0)
+    monkeypatch.setattr(watch_job.ActionBase, "run", lambda *_: {})
+    plugin = object.__new__(watch_job.ActionModule)
+    plugin._task = SimpleNamespace(args={"job": "7", "ask": ["echo", "a b"], "every": 60})
+    plugin.get_shell_option = lambda *_: "folder"
+    plugin._execute_module = lambda _name, arguments, **_: next(answers) | {"asked": arguments}
+    plugin._low_level_execute_command = lambda command: {"rc": 0, "stdout": f"{command}: half\n"}
+    result = plugin.run(task_vars={"inventory_hostname": "data2"})
+    assert (result["rc"], result.get("failed", False)) == (end["rc"], end.get("failed", False))
+    assert result["asked"] == {"jid": "7", "mode": "status", "_async_dir": "folder"}
+    assert capsys.readouterr().out == "data2: echo 'a b': half\n"

@@ -235,6 +235,29 @@ BAD_INVENTORIES = {
         group("spark_masters"),
         ["spark_masters: empty, but spark_workers has hosts"],
     ),
+    "upstream that is no member": (
+        host("data2", postgresql_upstream="lb1"),
+        ["data2: postgresql_upstream 'lb1' is not a member of postgresql (data1, data2)"],
+    ),
+    "standbys in a circle": (
+        all_of(host("data1", postgresql_upstream="data2"), host("data2", postgresql_upstream="data1")),
+        [
+            "data1: postgresql_upstream 'data2' makes a circle: data1 from data2 from data1",
+            "data2: postgresql_upstream 'data1' makes a circle: data2 from data1 from data2",
+        ],
+    ),
+    "standby of itself": (
+        host("data2", postgresql_upstream="data2"),
+        ["data2: postgresql_upstream 'data2' makes a circle: data2 from data2"],
+    ),
+    "standby of a warm one": (
+        all_of(host("data2", postgresql_upstream="data1"), host("data1", postgresql_hot_standby=False)),
+        ["data2: postgresql_upstream 'data1' is a warm standby (postgresql_hot_standby)"],
+    ),
+    "unknown synchronous mode": (
+        setting(postgresql_synchronous_mode="maybe"),
+        ["postgresql_synchronous_mode: 'maybe' where one of off, on, remote_apply"],
+    ),
     "single with Redis": (
         all_of(
             SINGLE,
@@ -270,6 +293,10 @@ GOOD_INVENTORIES: dict[str, Callable[[Inventory], None]] = {
     "a list of known items": setting(airflow_components=["scheduler"]),
     "numbers as racks": all_of(host("airflow1", rack=1), host("airflow2", rack=2)),
     "three data nodes on two racks": group("postgresql", "data1", "data2", "worker1"),
+    "a standby of a standby": all_of(
+        group("postgresql", "data1", "data2", "worker1"), host("worker1", postgresql_upstream="data2")
+    ),
+    "synchronous without quotes": setting(postgresql_synchronous_mode=True),
 }
 
 

@@ -60,9 +60,9 @@ def eventually(question: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.2)
 
 
-def streaming(machine: Machine) -> bool:
-    """True when the primary's only client streams from its own slot."""
-    primary, standby = roles(machine)
+def streaming(machine: Machine, *members: str) -> bool:
+    """True when the primary's only client streams from its own slot; members: primary and standby, where known."""
+    primary, standby = members or roles(machine)
     shown = sql(
         machine(primary),
         "select r.application_name, r.state, s.ssl, l.slot_name, l.active from pg_stat_replication r "
@@ -79,6 +79,19 @@ def check(name: str, path: str) -> tuple[int, dict[str, Any]]:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
+
+
+def converge(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the role again."""
+    command = [
+        "ansible-playbook", f"--inventory={PROJECT}/molecule/shared/inventory/hosts.yml",
+        f"--inventory={SCENARIO}/inventory.yml", str(SCENARIO / "converge.yml"), *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+        "ANSIBLE_ROLES_PATH": f"{PROJECT}/roles",
+    }
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(autouse=True)
@@ -208,21 +221,36 @@ def test_a_run_after_roles_were_swapped_changes_nothing(machine: Machine) -> Non
     machine(old).check_output("systemctl stop postgresql@17-main")
     sql(machine(new), "select pg_promote()")
     sql(machine(new), f"select pg_create_physical_replication_slot('standby_{old}')")
+    machine(old).check_output(f"rm -r {DATA}/pg_replslot/standby_{new}")
     machine(old).check_output(f"install -m 0600 -o postgres -g postgres /dev/null {DATA}/standby.signal")
     machine(old).check_output("systemctl start postgresql@17-main")
     # The settings name all members: the old primary finds the new one by itself.
     eventually(lambda: streaming(machine))
     assert roles(machine) == (new, old)
     eventually(lambda: (check(new, "/primary")[0], check(old, "/primary")[0]) == (200, 503))
-    command = [
-        "ansible-playbook", f"--inventory={PROJECT}/molecule/shared/inventory/hosts.yml",
-        f"--inventory={SCENARIO}/inventory.yml", str(SCENARIO / "converge.yml"),
-    ]  # fmt: skip
-    environment = os.environ | {
-        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
-        "ANSIBLE_ROLES_PATH": f"{PROJECT}/roles",
-    }
-    run = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    run = converge()
     assert re.findall(r"changed=(\d+) .*failed=(\d+)", run.stdout) == [("0", "0")] * 2, run.stdout + run.stderr
     assert roles(machine) == (new, old)
     assert streaming(machine)
+
+
+def test_a_warm_standby_acknowledges_commits(machine: Machine) -> None:
+    primary, standby = roles(machine)
+    options = json.dumps({"postgresql_hot_standby": False, "postgresql_synchronous_mode": "on"})
+    started = sql(machine(primary), "select pg_postmaster_start_time()")
+    run = converge(f"-e{options}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert sql(machine(primary), "select pg_postmaster_start_time()") == started, "a reload is enough for the primary"
+    refused = machine(standby).run("runuser -u postgres -- psql -XAtqc 'select 1'")
+    assert "Hot standby mode is disabled" in refused.stderr
+    eventually(lambda: streaming(machine, primary, standby))
+    eventually(lambda: sql(machine(primary), "select sync_state from pg_stat_replication") == "quorum")
+    assert [check(standby, path)[0] for path in ("/primary", "/replica")] == [503, 503]
+    write = "timeout 3 runuser -u postgres -- psql -XAtqc 'create table waits ()'"
+    machine(standby).check_output("systemctl stop postgresql@17-main")
+    assert machine(primary).run(write).rc == 124, "a commit did not wait for the standby"
+    machine(standby).check_output("systemctl start postgresql@17-main")
+    eventually(lambda: machine(primary).run(write.replace("waits", "goes_on")).rc == 0)
+    run = converge()
+    assert run.returncode == 0, run.stdout + run.stderr
+    eventually(lambda: streaming(machine))

@@ -53,6 +53,19 @@ def linked(machine: Machine) -> bool:
     return "master_link_status:up" in ask(machine(replica), replica, "monitor", "INFO replication")
 
 
+def converge(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the role again."""
+    command = [
+        "ansible-playbook", f"--inventory={PROJECT}/molecule/shared/inventory/hosts.yml",
+        f"--inventory={SCENARIO}/inventory.yml", str(SCENARIO / "converge.yml"), *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+        "ANSIBLE_ROLES_PATH": f"{PROJECT}/roles",
+    }
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(autouse=True)
 def log_on_failure(machine: Machine, request: pytest.FixtureRequest) -> Iterator[None]:
     """Print what the servers said when a test fails."""
@@ -180,15 +193,29 @@ def test_swapped_roles_outlive_restarts_and_a_run(machine: Machine) -> None:
         machine(name).check_output("systemctl restart redis-server")
     eventually(lambda: linked(machine))
     assert roles(machine) == (new, old)
-    command = [
-        "ansible-playbook", f"--inventory={PROJECT}/molecule/shared/inventory/hosts.yml",
-        f"--inventory={SCENARIO}/inventory.yml", str(SCENARIO / "converge.yml"),
-    ]  # fmt: skip
-    environment = os.environ | {
-        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
-        "ANSIBLE_ROLES_PATH": f"{PROJECT}/roles",
-    }
-    run = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    run = converge()
     assert re.findall(r"changed=(\d+) .*failed=(\d+)", run.stdout) == [("0", "0")] * 2, run.stdout + run.stderr
     assert roles(machine) == (new, old)
     assert ask(machine(old), old, "airflow", "GET molecule") == "kept"
+
+
+def test_without_enough_replicas_writes_are_refused_and_a_bad_setting_does_not_stay(machine: Machine) -> None:
+    primary, replica = roles(machine)
+    file = machine(primary).file("/etc/redis/airflow-ha.conf")
+    run = converge("-eredis_min_replicas_to_write=1", "-eredis_min_replicas_max_lag=3")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "min-replicas-to-write" in file.content_string
+    assert ask(machine(primary), primary, "airflow", "SET molecule replicated") == "OK"
+    machine(replica).check_output("systemctl stop redis-server")
+    try:
+        eventually(lambda: "NOREPLICAS" in ask(machine(primary), primary, "airflow", "SET molecule alone"))
+    finally:
+        machine(replica).check_output("systemctl start redis-server")
+    eventually(lambda: ask(machine(primary), primary, "airflow", "SET molecule again") == "OK")
+    accepted = file.content_string
+    run = converge("-eredis_min_replicas_to_write=-1")
+    assert "Redis refuses the settings" in run.stdout
+    assert machine(primary).file("/etc/redis/airflow-ha.conf").content_string == accepted
+    run = converge()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ask(machine(primary), primary, "admin", "CONFIG GET min-replicas-to-write").split()[1] == "0"

@@ -8,16 +8,18 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 # How PostgreSQL (through our query) and Redis (`ROLE`) name themselves, and what we call it.
+_WARM = "Hot standby mode is disabled"  # what PostgreSQL's warm standby answers to whoever connects
 _ROLES = {"primary": "primary", "standby": "standby", "master": "primary", "slave": "standby"}
 
 
 def cluster_state_answers(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Member to "primary", "standby" or "" (no clear answer), from the results of a loop over the members."""
-    return {
+    answers = {
         result["item"]: next((_ROLES[line] for line in result.get("stdout_lines") or [] if line in _ROLES), "")
         for result in results
         if result.get("rc") == 0
     }
+    return answers | {result["item"]: "standby" for result in results if _WARM in result.get("stderr", "")}
 
 
 def elect_primary(members: Sequence[str], answers: Mapping[str, str], deployed: Sequence[str], service: str) -> str:

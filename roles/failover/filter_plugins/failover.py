@@ -21,6 +21,7 @@ class Plan:
     followers: list[str] = field(default_factory=list)  # other members that will follow the new primary
     fence: list[str] = field(default_factory=list)
     lag: int = 0  # bytes that the candidate is known to miss
+    alone: bool = False  # nobody will stream from the candidate until a rejoin
     says: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
 
@@ -94,7 +95,9 @@ def planned(plan: Plan, service: str, states: Mapping[str, State], wanted: str, 
         plan.refusals += problems[wanted]
         plan.candidate = wanted
     elif fit:
-        plan.candidate = max(fit, key=lambda host: int(states[host].get("lsn", 0)))
+        # One that streams from another standby was asked later and may only seem to have more.
+        direct = {item.get("name") for item in primary.get("standbys", [])}
+        plan.candidate = max(fit, key=lambda host: (host in direct, int(states[host].get("lsn", 0))))
     else:
         plan.refusals += [reason for host in standbys for reason in problems[host]]
     if primary.get("switching"):
@@ -140,6 +143,7 @@ def forced(
     plan.kind = "forced"
     plan.lag = int(receiver.get("behind", 0))
     plan.followers = [host for host in standbys if host != plan.candidate]
+    plan.alone = not any(states[host].get("upstream", "") in ("", plan.candidate) for host in plan.followers)
     plan.fence = [host for host in states if host not in standbys and reachable(states[host])]
     unreachable = [host for host in states if not reachable(states[host])]
     plan.says += [
@@ -148,6 +152,8 @@ def forced(
         *(f"{host} will be stopped and kept from starting" for host in plan.fence),
         *(f"{host} cannot be reached and is not fenced: it refuses to start as a primary while it sees a newer one"
           for host in unreachable),
+        *([f"{plan.candidate} will have no standby: synchronous replication is suspended, synchronous.yml resumes it"]
+          if plan.alone and states[plan.candidate].get("synchronous") else []),
     ]  # fmt: skip
     return plan
 
@@ -249,8 +255,10 @@ def rejoin_plan(states: Mapping[str, State], service: str, host: str, options: M
     if plan.refusals:
         return vars(plan)
     plan.primary, plan.candidate = host, live[0]
+    plan.followers = [member for member in states if member not in (host, live[0]) and reachable(states[member])]
     same = service != "postgresql" or state.get("timeline") == states[live[0]].get("timeline")
-    if state["role"] == "standby" and (state.get("receiver") or {}).get("status") == "streaming" and same:
+    streams = state["role"] == "standby" and (state.get("receiver") or {}).get("status") == "streaming"
+    if streams and same and not state.get("masked") and not state.get("firewalled"):
         plan.says = [f"{host} is a standby of {live[0]} and in step: nothing to do"]
         return vars(plan)
     plan.kind = "rewind" if service == "postgresql" else "follow"
@@ -307,6 +315,37 @@ def failover_account(hostvars: Mapping[str, Any], members: Sequence[str], regist
     return [f"{at - begin:7.2f} s  {host}: {text}" for at, host, text in sorted(set(steps))]
 
 
+def synchronous_problems(host: str, state: State) -> list[str]:
+    """Whether writes on this primary wait for a standby that is not there."""
+    acknowledging = [item for item in state.get("standbys", []) if item.get("sync") in ("sync", "quorum")]
+    if not state.get("synchronous") or any(item.get("state") == "streaming" for item in acknowledging):
+        return []
+    return [f"{host}: writes wait for a synchronous standby; synchronous.yml -e enabled=false lets them through"]
+
+
+def synchronous_plan(
+    states: Mapping[str, State], enabled: bool, mode: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Who has to suspend (`enabled` false) or resume synchronous replication, as `{"hosts", "says", "refusals"}`.
+
+    states, and run in the options: as for `failover_plan`; mode: postgresql_synchronous_mode, "off" for none.
+    """
+    refusals = locked(states, options)
+    hosts = [host for host, state in states.items() if reachable(state) and state.get("suspended") == enabled]
+    gone = [host for host, state in states.items() if not reachable(state)]
+    primaries = primaries_of(states)
+    if mode == "off" and not enabled:
+        refusals.append("postgresql_synchronous_mode is off: nothing waits for a standby")
+    if enabled and mode != "off" and (len(primaries) != 1 or not any(
+        item["state"] == "streaming" for item in states[primaries[0]].get("standbys", [])
+    )):  # fmt: skip
+        refusals.append("no standby streams from the primary: writes would wait for one; rejoin one first")
+    verb = "resumed" if enabled else "suspended"
+    says = [f"synchronous replication is {verb} on {', '.join(hosts)}" if hosts else "nothing to do"]
+    says += [f"{host} cannot be reached and keeps what it has: run this again when it is back" for host in gone]
+    return {"hosts": [] if refusals else hosts, "says": says, "refusals": refusals}
+
+
 def service_status(service: str, states: Mapping[str, State]) -> tuple[list[str], list[str]]:
     """Table rows of one service's members, and what is wrong with them."""
     rows, problems = [], []
@@ -320,10 +359,14 @@ def service_status(service: str, states: Mapping[str, State]) -> tuple[list[str]
         lag = max(int(primary.get("lsn", 0)) - int(state.get("lsn", 0)), 0)
         if role == "primary":
             detail = f"{len(state['standbys'])} standbys"
+            problems += synchronous_problems(host, state)
         elif role == "standby":
-            seconds = max((item.get("replay_lag_s", 0.0) for item in primary.get("standbys", [])
-                           if item.get("name") == host), default=0.0)  # fmt: skip
+            # Who sends to it knows how late it replays.
+            senders = [item for other in states.values() for item in other.get("standbys", [])]
+            seconds = max((item.get("replay_lag_s", 0.0) for item in senders if item.get("name") == host), default=0.0)
             detail = f"{receiver.get('status', 'not streaming')}, {lag} bytes and {seconds:.1f} s behind"
+            detail += f", from {state['upstream']}" if state.get("upstream") not in (None, "", *primaries) else ""
+            detail += ", warm" if not state.get("hot", True) else ""
             if receiver.get("status") != "streaming":
                 problems.append(f"{host}: the standby of {SERVICES[service]} does not stream")
             if service == "postgresql" and primary and state.get("timeline") != primary.get("timeline"):
@@ -335,6 +378,10 @@ def service_status(service: str, states: Mapping[str, State]) -> tuple[list[str]
             problems.append(f"{host}: {SERVICES[service]} {role}{': ' + detail if detail else ''}")
         if state.get("masked"):
             problems.append(f"{host}: {SERVICES[service]} is fenced (masked); rejoin.yml brings it back")
+        if state.get("firewalled"):
+            problems.append(f"{host}: {SERVICES[service]} is fenced (firewall); rejoin.yml opens it")
+        if state.get("suspended"):
+            problems.append(f"{host}: synchronous replication is suspended; synchronous.yml -e enabled=true resumes it")
         timeline = f"timeline {state['timeline']}" if "timeline" in state else ""
         rows.append(f"{SERVICES[service]:<11} {host:<12} {role:<11} {timeline:<12} {detail}".rstrip())
         for slot in state.get("slots", []):
@@ -344,7 +391,7 @@ def service_status(service: str, states: Mapping[str, State]) -> tuple[list[str]
             )
             if slot["wal_status"] in ("unreserved", "lost"):
                 problems.append(f"{host}: slot {slot['name']} has lost WAL: its standby has to be cloned")
-            if role == "primary" and not slot["active"]:
+            if not slot["active"]:
                 problems.append(f"{host}: nobody uses slot {slot['name']}, which keeps {slot['retained']} bytes of WAL")
     return rows, problems
 
@@ -385,6 +432,7 @@ class FilterModule:
         return {
             "failover_plan": failover_plan,
             "rejoin_plan": rejoin_plan,
+            "synchronous_plan": synchronous_plan,
             "failover_status": failover_status,
             "failover_looks": failover_looks,
             "proxy_views": proxy_views,

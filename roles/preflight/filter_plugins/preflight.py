@@ -226,6 +226,26 @@ def rack_findings(hosts: Sequence[Host], groups: Groups, rules: Rules) -> list[s
     return lines
 
 
+def upstream_findings(hosts: Sequence[Host], groups: Groups) -> list[str]:
+    """Standbys that would stream from nobody, from themselves in a circle, or from one that takes no connections."""
+    members = groups.get("postgresql", ())
+    variables = {host.name: host.variables for host in hosts if host.name in members}
+    upstreams = {name: str(values.get("postgresql_upstream") or "") for name, values in variables.items()}
+    lines = []
+    for name, upstream in upstreams.items():
+        where = f"{name}: postgresql_upstream {shown(upstream)}"
+        path = [name]
+        while upstreams.get(path[-1]) and upstreams[path[-1]] not in path:
+            path.append(upstreams[path[-1]])
+        if upstream and upstream not in members:
+            lines.append(f"{where} is not a member of postgresql ({listed(members)})")
+        elif upstreams.get(path[-1]) == name:
+            lines.append(f"{where} makes a circle: {' from '.join([*path, name])}")
+        elif upstream and variables[upstream].get("postgresql_hot_standby") is False:
+            lines.append(f"{where} is a warm standby (postgresql_hot_standby), from which nobody can stream")
+    return lines
+
+
 def fernet_key_is_valid(value: str) -> bool:
     """True for 32 bytes in URL-safe base64."""
     try:
@@ -294,6 +314,7 @@ def check_inventory(
     report.errors += host_findings(hosts)
     report.errors += vip_findings(cluster.get("cluster_vip"), hosts)
     report.errors += port_number_findings(cluster.get("cluster_ports"))
+    report.errors += upstream_findings(hosts, groups)
     report.errors += size_findings(groups, str(profile), rules)
     report.errors += secret_findings(cluster, secret_names, groups, rules, environment)
     same_rack = rack_findings(hosts, groups, rules)

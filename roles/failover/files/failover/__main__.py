@@ -30,6 +30,17 @@ def service(name: str, settings: dict[str, Any], journal: Journal) -> Any:
     return Redis(settings, journal)
 
 
+def look(member: Any, peers: dict[str, str]) -> dict[str, Any]:
+    """What the member says of itself, and in `seen` what its peers (name to address) look like from here.
+
+    The peers are asked at the same time, since one that is gone lets us wait, and all before the member: that acts as
+    another user for a moment, which holds for the whole process and would take the peers' threads their files.
+    """
+    with ThreadPoolExecutor() as pool:
+        seen = dict(zip(peers, pool.map(member.probe, peers.values()), strict=True))
+    return {**member.state(seen), "seen": seen}
+
+
 def main() -> int:
     """Entry point; returns the exit code."""
     name, verb = sys.argv[1:3]
@@ -43,11 +54,7 @@ def main() -> int:
     result: dict[str, Any] = {}
     try:
         if verb == "state":
-            # At the same time: a peer that is gone lets us wait.
-            with ThreadPoolExecutor() as pool:
-                seen = {host: pool.submit(member.probe, address) for host, address in settings["peers"].items()}
-                result = {**member.state(), "lock": lock.owner()}
-                result["seen"] = {host: answer.result() for host, answer in seen.items()}
+            result = {**look(member, settings["peers"]), "lock": lock.owner()}
         elif verb == "guard":
             member.guard()
         elif verb == "lock":

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fence
 import psycopg2
 import psycopg2.extras
 from journal import FailoverError, Journal, wait_for
+from wal import REPLAYING, SHUTDOWN_RECORD, end_of_wal, lsn_text, segment_start, wanted_slots
 
 READY_TIMEOUT_S = 20
 STOP_TIMEOUT_S = 60
@@ -24,7 +26,9 @@ START_TIMEOUT_S = 60
 STREAM_TIMEOUT_S = 60
 # Longer than the primary waits for a standby that is silent (wal_sender_timeout).
 ARRIVAL_TIMEOUT_S = 15
-SHUTDOWN_RECORD = re.compile(r"desc: CHECKPOINT_SHUTDOWN\b")
+WARM = "Hot standby mode is disabled"
+# Sorts after the role's own file: what stands here wins, until somebody takes it away.
+SUSPENDED = "conf.d/zz-synchronous-suspended.conf"
 STATE_QUERY = """
     select json_build_object(
       'role', case when pg_is_in_recovery() then 'standby' else 'primary' end,
@@ -34,17 +38,18 @@ STATE_QUERY = """
           'name', slot_name, 'active', active, 'wal_status', wal_status,
           'retained', pg_wal_lsn_diff(here.lsn, restart_lsn)::bigint)), '[]') from pg_replication_slots),
       'max_slots', current_setting('max_replication_slots')::int,
-      'synchronous', current_setting('synchronous_standby_names'))
-    from (select case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end as lsn) here
+      'synchronous', current_setting('synchronous_standby_names'),
+      'standbys', (select coalesce(json_agg(json_build_object('name', application_name, 'address', host(client_addr),
+        'state', state, 'sync', sync_state, 'lag', pg_wal_lsn_diff(here.lsn, flush_lsn)::bigint,
+        'replay_lag', pg_wal_lsn_diff(here.lsn, replay_lsn)::bigint,
+        'replay_lag_s', coalesce(extract(epoch from replay_lag), 0)::float)), '[]') from pg_stat_replication))
+    from (select case when pg_is_in_recovery() then greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())
+                 else pg_current_wal_flush_lsn() end as lsn) here
 """
 PRIMARY_QUERY = """
     select json_build_object(
       'timeline', ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int,
-      'lsn', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint,
-      'standbys', (select coalesce(json_agg(json_build_object('name', application_name, 'address', host(client_addr),
-        'state', state, 'sync', sync_state, 'lag', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), flush_lsn)::bigint,
-        'replay_lag', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), replay_lsn)::bigint,
-        'replay_lag_s', coalesce(extract(epoch from replay_lag), 0)::float)), '[]') from pg_stat_replication))
+      'lsn', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint)
 """
 STANDBY_QUERY = """
     select json_build_object(
@@ -57,6 +62,19 @@ STANDBY_QUERY = """
         'silent_s', extract(epoch from clock_timestamp() - last_msg_receipt_time)::float) from pg_stat_wal_receiver),
       'replayed_at', extract(epoch from pg_last_xact_replay_timestamp())::float)
 """
+# What a member that is asked over the network knows of us, by our name: the role, and how much it has sent to us.
+PEER_QUERY = """
+    select pg_is_in_recovery(), (
+      select json_build_object('status', state, 'sender', host(inet_server_addr()),
+        'lsn', pg_wal_lsn_diff(flush_lsn, '0/0')::bigint,
+        'behind', pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_receive_lsn()
+                                       else pg_current_wal_flush_lsn() end, flush_lsn)::bigint)
+      from pg_stat_replication where application_name = %s and state = 'streaming' limit 1)
+"""
+
+
+class WarmStandbyError(FailoverError):
+    """The server is a warm standby, which takes no connections."""
 
 
 @contextlib.contextmanager
@@ -76,17 +94,25 @@ class Postgresql:
     def __init__(self, settings: dict[str, Any], journal: Journal) -> None:
         self._bin, self._data = Path(settings["bin_dir"]), Path(settings["data_dir"])
         self._unit, self._port = settings["unit"], settings["port"]
-        self._conninfo, self._others = settings["conninfo"], settings["other_slots"]
-        self._peers = settings["peers"]
+        self._conninfo, self._peers = settings["conninfo"], settings["peers"]
+        self._name, self._upstream = settings["name"], settings["upstream"]
+        self._slots, self._upstreams = settings["slots"], settings["upstreams"]
+        self._ports, self._synchronous = settings["fence_ports"], settings["synchronous"]
         self._config = settings["config_file"]
         self._run = settings["run"]
         self._journal = journal
 
     # --- looking ---------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """What this member says of itself; of a stopped one, what its control file says. LSNs are bytes from 0/0."""
+    def state(self, seen: dict[str, Any]) -> dict[str, Any]:
+        """What this member says of itself; of a stopped one, what its control file says. LSNs are bytes from 0/0.
+
+        seen: what its peers look like from here; they know how far a warm standby is.
+        """
         state: dict[str, Any] = {
+            "upstream": self._upstream,
+            "suspended": self._suspended.exists(),
+            "firewalled": fence.closed("postgresql"),
             "running": self._postmaster() is not None,
             "standby_signal": (self._data / "standby.signal").exists(),
             "masked": self._systemctl("is-enabled", check=False).startswith("masked"),
@@ -98,6 +124,8 @@ class Postgresql:
             with self._connect(patience_s=0) as cursor:
                 answer = self._ask(cursor, STATE_QUERY)
                 answer |= self._ask(cursor, PRIMARY_QUERY if answer["role"] == "primary" else STANDBY_QUERY)
+        except WarmStandbyError:
+            return {**state, **self._warm_state(seen)}
         except (psycopg2.Error, FailoverError) as error:
             control = self._control()
             return {
@@ -111,15 +139,33 @@ class Postgresql:
         return {**state, **answer}
 
     def probe(self, address: str) -> dict[str, Any]:
-        """Whether another member can be reached from here as a running primary."""
+        """Whether another member can be reached from here as a running primary, and in `sends` what it sends to us."""
         try:
             link = psycopg2.connect(f"host={address} dbname=postgres {self._conninfo}")
             with contextlib.closing(link), link.cursor() as cursor:
-                cursor.execute("select pg_is_in_recovery()")
-                row = cursor.fetchone()
-            return {"role": "standby" if row and row[0] else "primary"}
+                cursor.execute(PEER_QUERY, [self._name])
+                standby, sends = cursor.fetchone()
+            return {"role": "standby" if standby else "primary", "sends": sends}
         except psycopg2.Error as error:
+            if WARM in str(error):
+                return {"role": "standby", "sends": None}
             return {"role": "unknown", "problem": str(error).strip().partition("\n")[0]}
+
+    def _warm_state(self, seen: dict[str, Any]) -> dict[str, Any]:
+        control, replay = self._control(), REPLAYING.search(self._titles())
+        receiver = next((peer["sends"] for peer in seen.values() if peer.get("sends")), None)
+        timeline = int(replay[1], 16) if replay else int(control["Latest checkpoint's TimeLineID"])
+        return {
+            "role": "standby",
+            "hot": False,
+            "system_id": control["Database system identifier"],
+            "timeline": timeline,
+            "lsn": receiver["lsn"] if receiver else self._end_of_wal(timeline, replay),
+            "replay_paused": False,
+            "receiver": receiver,
+            "slots": [],
+            "standbys": [],
+        }
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -147,79 +193,110 @@ class Postgresql:
         self._systemctl("start")
         self._journal.step("started as a standby")
 
-    def follow(self) -> None:
-        """Run as a standby and stream from the primary, which libpq finds among all members."""
+    def follow(self, primary: str) -> None:
+        """Run as a standby that streams from its upstream, or from this primary, which libpq finds by itself."""
         self._signal_file()
-        self._systemctl("unmask")
-        self._systemctl("reset-failed", check=False)
+        self.release()
+        if self._postmaster() is None:
+            self._forget_slots(primary)
         self._systemctl("start")
         self._journal.step("started as a standby")
-        with self._connect() as cursor:
-            # Slots of a time as primary would keep WAL here for ever.
+        self.slots(primary)
+        if not wait_for(self._streams, STREAM_TIMEOUT_S, 0.1):
+            raise FailoverError(f"the standby does not stream after {STREAM_TIMEOUT_S} s")
+        self._journal.step("streams again")
+
+    def slots(self, primary: str) -> None:
+        """Have a slot for each member that streams from here while that one is the primary, and no others.
+
+        What nobody uses would keep WAL here for ever.
+        """
+        wanted = list(self._wanted(primary))
+        with contextlib.suppress(WarmStandbyError), self._connect() as cursor:
+            cursor.execute(
+                "select pg_create_physical_replication_slot(name, true) from unnest(%s::text[]) name"
+                " where name not in (select slot_name from pg_replication_slots)",
+                [wanted],
+            )
             cursor.execute(
                 "select pg_drop_replication_slot(slot_name) from pg_replication_slots"
-                " where slot_name like 'standby\\_%' and not active and slot_type = 'physical'"
+                " where slot_name like 'standby\\_%%' and slot_type = 'physical' and not active"
+                " and slot_name <> all(%s::text[])",
+                [wanted],
             )
-
-            def streams() -> Any:
-                cursor.execute("select 1 from pg_stat_wal_receiver where status = 'streaming'")
-                return cursor.fetchone()
-
-            if not wait_for(streams, STREAM_TIMEOUT_S, 0.1):
-                raise FailoverError(f"the standby does not stream after {STREAM_TIMEOUT_S} s")
-        self._journal.step("streams from the new primary")
 
     def take_over(self, primary: str) -> None:
         """Wait until the primary at this address has shut down and all it wrote is here, then promote."""
         conninfo = f"host={primary} {self._conninfo} application_name='failover {self._run}'"
-        with self._connect() as cursor:
-            begin = self._received(cursor)
-            cursor.execute("select received_tli from pg_stat_wal_receiver where status = 'streaming'")
-            row = cursor.fetchone()
-            if not row:
-                raise FailoverError("the candidate does not stream; nothing was changed")
+        with self._cursor_if_hot() as cursor:
+            timeline, begin = self._position(cursor)
             watch = psycopg2.connect(conninfo, connection_factory=psycopg2.extras.PhysicalReplicationConnection)
             self._journal.step("the candidate watches the primary")
             if not select.select([watch], [], [], READY_TIMEOUT_S + STOP_TIMEOUT_S)[0]:
                 raise FailoverError("the primary did not shut down; nothing was changed here")
             watch.close()
             self._journal.step("the primary closes its connections")
+            # Who streams from another standby stays connected to it.
+            direct = self._peers.get(self._upstream, primary) == primary
 
             def complete() -> bool:
-                cursor.execute("select count(*) from pg_stat_wal_receiver")
-                (receivers,) = cursor.fetchone()
-                end = self._received(cursor)
-                cursor.execute("select pg_last_wal_replay_lsn() = %s::pg_lsn", [end])
-                (replayed,) = cursor.fetchone()
-                return not receivers and replayed and self._ends_with_shutdown(row[0], begin, end)
+                if cursor is None:
+                    receiving, replayed, end = "walreceiver" in self._titles(), True, ""
+                else:
+                    cursor.execute("select count(*) from pg_stat_wal_receiver")
+                    (receiving,) = cursor.fetchone()
+                    end = self._received(cursor)
+                    cursor.execute("select pg_last_wal_replay_lsn() = %s::pg_lsn", [end])
+                    (replayed,) = cursor.fetchone()
+                return not (receiving and direct) and replayed and self._ends_with_shutdown(timeline, begin, end)
 
             if not wait_for(complete, ARRIVAL_TIMEOUT_S):
                 raise FailoverError("the primary's last record did not arrive; the candidate was not promoted")
             self._journal.step("the candidate has the primary's last record")
         self.promote()
 
-    def promote(self) -> None:
-        """Make this standby the primary, with a slot for every other member."""
-        with self._connect() as cursor:
-            cursor.execute("select pg_promote(true, 60)")
-            (promoted,) = cursor.fetchone()
-            if not promoted:
-                raise FailoverError("the promotion did not end within 60 s")
-            self._journal.step("promoted")
+    def promote(self, alone: str = "") -> None:
+        """Make this standby the primary, with a slot for everyone who will stream from it.
+
+        alone: not empty when no standby is left that could acknowledge what is written.
+        """
+        if alone and self._synchronous:
+            self.synchronous("false")
+        with self._cursor_if_hot() as cursor:
+            if cursor is None:
+                promoted = (
+                    self._as_postgres("pg_ctl", "promote", f"--pgdata={self._data}", "--timeout=60").returncode == 0
+                )
+            else:
+                cursor.execute("select pg_promote(true, 60)")
+                (promoted,) = cursor.fetchone()
+        if not promoted:
+            raise FailoverError("the promotion did not end within 60 s")
+        self._journal.step("promoted")
         self.welcome()
 
     def welcome(self) -> None:
-        """Have a slot for every other member on this primary, and a checkpoint that a rewind can start from."""
+        """Have a slot for everyone who streams from this primary, and a checkpoint that a rewind can start from."""
+        self.slots(self._name)
         with self._connect() as cursor:
-            for slot in self._others:
-                cursor.execute(
-                    "select pg_create_physical_replication_slot(%s, true) where not exists"
-                    " (select from pg_replication_slots where slot_name = %s)",
-                    [slot, slot],
-                )
             # pg_rewind believes in a new timeline only when a checkpoint has it.
             cursor.execute("checkpoint")
         self._journal.step("slots and checkpoint of the primary done")
+
+    def synchronous(self, enabled: str) -> None:
+        """Suspend synchronous replication on this member ("false"), or end the suspension ("true"); no restart."""
+        if enabled == "true":
+            self._suspended.unlink(missing_ok=True)
+        else:
+            self._suspended.write_text(
+                "# Suspended by an operator or a forced failover; playbooks/synchronous.yml -e enabled=true ends it.\n"
+                "synchronous_standby_names = ''\n"
+            )
+            self._suspended.chmod(0o644)
+        pid = self._postmaster()
+        if pid is not None:
+            os.kill(pid, signal.SIGHUP)
+        self._journal.step(f"synchronous replication {'resumed' if enabled == 'true' else 'suspended'}")
 
     def guard(self) -> None:
         """Before every start: a former primary that sees another one comes up as its standby, never beside it.
@@ -231,9 +308,7 @@ class Postgresql:
         for host, address in self._peers.items():
             if self.probe(address)["role"] == "primary":
                 self._signal_file()
-                # Slots of its time as primary would keep WAL for ever. A stopped server forgets those it does not find.
-                for slot in (self._data / "pg_replslot").glob("standby_*"):
-                    shutil.rmtree(slot)
+                self._forget_slots(host)
                 self._journal.step(f"{host} is the primary: this former primary starts as a standby")
                 return
 
@@ -245,21 +320,23 @@ class Postgresql:
         self._journal.step("the old primary is the primary again")
 
     def release(self) -> None:
-        """Undo the part of a fence that keeps this member from starting."""
+        """Undo a fence."""
         self._systemctl("unmask")
         self._systemctl("reset-failed", check=False)
+        fence.release("postgresql")
 
     def fence(self) -> None:
-        """Stop this member for good: it starts neither now nor after a boot, and never as a primary."""
+        """Stop this member for good: it starts neither now nor after a boot, never as a primary, and reaches nobody."""
         self._systemctl("mask")
         if (self._data / "PG_VERSION").exists():
             self._signal_file()
         self._stop(signal.SIGQUIT)
         self._systemctl("stop", check=False)
         self._journal.step("fenced: stopped, masked, marked as a standby")
+        self._journal.step(fence.close("postgresql", self._ports))
 
-    def rewind(self, primary: str) -> None:
-        """Give this stopped member the history of the primary at this address, and have it follow."""
+    def rewind(self, primary: str, name: str) -> None:
+        """Give this member the history of the primary of this address and name, and have it follow."""
         self._stop()
         conninfo = f"host={primary} dbname=postgres {self._conninfo}"
         # It recovers a crashed server first, which a signal file would keep from ending.
@@ -271,7 +348,7 @@ class Postgresql:
         if done.returncode != 0:
             raise FailoverError(f"pg_rewind: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
         self._journal.step("rewound" if "Done!" in done.stderr + done.stdout else "no rewind was needed")
-        self.follow()
+        self.follow(name)
 
     # --- helpers ---------------------------------------------------------------------------------
 
@@ -288,6 +365,8 @@ class Postgresql:
             try:
                 return connection()
             except psycopg2.OperationalError as error:
+                if WARM in str(error):
+                    raise WarmStandbyError("a warm standby takes no connections") from error
                 if "starting up" not in str(error) and "not yet accepting" not in str(error):
                     raise
                 return None
@@ -312,12 +391,74 @@ class Postgresql:
         (lsn,) = cursor.fetchone()
         return str(lsn)
 
-    def _ends_with_shutdown(self, timeline: int, begin: str, end: str) -> bool:
-        """Whether the WAL up to `end` ends with the record that a clean shutdown writes last."""
-        path = f"--path={self._data / 'pg_wal'}"
-        done = self._as_postgres("pg_waldump", path, f"--timeline={timeline}", f"--start={begin}", f"--end={end}")
+    @contextlib.contextmanager
+    def _cursor_if_hot(self) -> Iterator[Any]:
+        """A cursor, or None on a warm standby."""
+        with contextlib.ExitStack() as stack:
+            cursor = None
+            with contextlib.suppress(WarmStandbyError):
+                cursor = stack.enter_context(self._connect())
+            yield cursor
+
+    def _position(self, cursor: Any) -> tuple[int, str]:
+        """Timeline and end of what this standby has received."""
+        if cursor is None:
+            state = self._warm_state({host: self.probe(address) for host, address in self._peers.items()})
+            row = (state["timeline"], lsn_text(state["lsn"])) if state["receiver"] else None
+        else:
+            begin = self._received(cursor)
+            cursor.execute("select received_tli from pg_stat_wal_receiver where status = 'streaming'")
+            found = cursor.fetchone()
+            row = (found[0], begin) if found else None
+        if not row:
+            raise FailoverError("the candidate does not stream; nothing was changed")
+        return row
+
+    def _streams(self) -> bool:
+        try:
+            with self._connect() as cursor:
+                cursor.execute("select 1 from pg_stat_wal_receiver where status = 'streaming'")
+                return bool(cursor.fetchone())
+        except WarmStandbyError:
+            return any(self.probe(address).get("sends") for address in self._peers.values())
+
+    def _wanted(self, primary: str) -> set[str]:
+        return wanted_slots(self._name, primary, self._slots, self._upstreams)
+
+    def _forget_slots(self, primary: str) -> None:
+        """As `slots`, on a stopped server, which forgets those that it does not find."""
+        for slot in (self._data / "pg_replslot").glob("standby_*"):
+            if slot.name not in self._wanted(primary):
+                shutil.rmtree(slot)
+
+    def _ends_with_shutdown(self, timeline: int, begin: str, end: str = "") -> bool:
+        """Whether the WAL up to `end`, or to where it ends, ends with the record that a clean shutdown writes last."""
+        done = self._waldump(timeline, begin, *([f"--end={end}"] if end else []))
         lines = [line for line in done.stdout.splitlines() if line.startswith("rmgr:")]
         return bool(lines and SHUTDOWN_RECORD.search(lines[-1]))
+
+    def _end_of_wal(self, timeline: int, replay: re.Match[str] | None) -> int:
+        """Where the WAL here ends, read from the beginning of the segment that is being replayed."""
+        if not replay:
+            return 0
+        begin = segment_start(replay, int(self._control()["Bytes per WAL segment"]))
+        return end_of_wal(begin, self._waldump(timeline, lsn_text(begin), "--quiet").stderr)
+
+    def _waldump(self, timeline: int, begin: str, *options: str) -> subprocess.CompletedProcess[str]:
+        path = f"--path={self._data / 'pg_wal'}"
+        return self._as_postgres("pg_waldump", path, f"--timeline={timeline}", f"--start={begin}", *options)
+
+    def _titles(self) -> str:
+        """What the server's processes call themselves, one per line."""
+        pid = self._postmaster()
+        if pid is None:
+            return ""
+        command = ["ps", "--no-headers", "-o", "args", "--ppid", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    @property
+    def _suspended(self) -> Path:
+        return Path(self._config).parent / SUSPENDED
 
     def _as_postgres(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["runuser", "--user=postgres", "--", str(self._bin / program), *arguments]

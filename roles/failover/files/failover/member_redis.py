@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fence
 import redis
 from journal import FailoverError, Journal, wait_for
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 SWITCH_TIMEOUT_S = 15
 SYNC_TIMEOUT_S = 60
@@ -33,11 +36,12 @@ class Redis:
 
     # --- looking ---------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self, _seen: dict[str, Any]) -> dict[str, Any]:
         """What this member says of itself. Offsets are bytes of the replication stream."""
         state: dict[str, Any] = {
             "running": self._systemctl("is-active", check=False).strip() == "active",
             "masked": self._systemctl("is-enabled", check=False).startswith("masked"),
+            "firewalled": fence.closed("redis"),
         }
         try:
             info = self._info()
@@ -69,7 +73,7 @@ class Redis:
         """Whether another member can be reached from here as a running primary."""
         link = redis.Redis(
             host=address, port=self._port, username="monitor", password=self._monitor, ssl=True, ssl_ca_certs=self._ca,
-            socket_timeout=3, socket_connect_timeout=3,
+            socket_timeout=3, socket_connect_timeout=3, retry=Retry(NoBackoff(), 0),
         )  # fmt: skip
         try:
             return {"role": "primary" if link.info("replication")["role"] == "master" else "standby"}
@@ -102,7 +106,7 @@ class Redis:
         self._journal.step("this member is the primary")
         self._keep()
 
-    def promote(self) -> None:
+    def promote(self, _alone: str = "") -> None:
         """Make this replica the primary."""
         self._do("REPLICAOF", "NO", "ONE")
         self._journal.step("promoted")
@@ -110,8 +114,7 @@ class Redis:
 
     def follow(self, primary: str) -> None:
         """Be a replica of the primary at this address; what only this member has is given up."""
-        self._systemctl("unmask")
-        self._systemctl("reset-failed", check=False)
+        self.release()
         self._systemctl("start")
         self._do("REPLICAOF", primary, self._port)
         self._do("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -136,16 +139,18 @@ class Redis:
                 return
 
     def release(self) -> None:
-        """Undo the part of a fence that keeps this member from starting."""
+        """Undo a fence."""
         self._systemctl("unmask")
         self._systemctl("reset-failed", check=False)
+        fence.release("redis")
 
     def fence(self) -> None:
-        """Stop this member for good: it starts neither now nor after a boot."""
+        """Stop this member for good: it starts neither now nor after a boot, and if it did, nobody would reach it."""
         self._systemctl("mask")
         self._systemctl("kill", "--signal=SIGKILL", check=False)
         self._systemctl("stop", check=False)
         self._journal.step("fenced: stopped and masked")
+        self._journal.step(fence.close("redis", [int(self._port)]))
 
     # --- helpers ---------------------------------------------------------------------------------
 
