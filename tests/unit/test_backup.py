@@ -79,13 +79,17 @@ def names(timeline: int, *numbers: int) -> list[str]:
 
 GAPS = {
     "complete, over the end of an id": (names(1, *range(250, 260)), []),
-    "dropped in the middle": (names(1, *range(250, 254), 256, 257), ["2 segments of timeline 1"]),
-    "dropped at the begin": (names(1, 252, 253), ["2 segments before the first of timeline 1"]),
+    "dropped in the middle, twice": (
+        names(1, *range(250, 255), 257, 259),
+        ["2 segments from 0/FF", "1 segments from 1/02"],
+    ),
+    "dropped at the begin": (names(1, 252, 253), ["2 segments from 0/FA"]),
     "older than the backup": (names(1, 240, *range(250, 253)), []),
     "switchover": (names(1, 250, 251) + names(2, 252, 253), []),
     "forced failover, both archived the same": (names(1, 250, 251, 252) + names(2, 252, 253), []),
-    "dropped at a failover": (names(1, 250, 251) + names(2, 254), ["2 segments before the first of timeline 2"]),
+    "dropped at a failover": (names(1, 250, 251) + names(2, 254), ["2 segments from 0/FC"]),
     "restore to an earlier moment": (names(1, *range(250, 260)) + names(2, 254, 255, 256), []),
+    "a promotion by hand that was given up": (names(1, *range(250, 260)) + names(2, 252) + names(3, 260), []),
     "nothing after the backup": ([], []),
 }
 

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,18 @@ def number(segment: str) -> tuple[int, int]:
 def gaps(segments: Iterable[str], since: str) -> list[str]:
     """Where the archive lacks WAL from the segment `since` on, as lines of text; dropped WAL leaves such a gap.
 
-    A timeline has to begin no later than one segment after the end of the one before it, which ended with a failover.
+    A segment may be on any timeline from that of `since` on: where one ends and the next begins, after a failover or
+    a restore, only the history of the cluster could tell.
     """
-    timelines: dict[int, set[int]] = defaultdict(set)
-    begin_timeline, begin = number(since)
-    for segment in segments:
-        timeline, position = number(segment)
-        if timeline > begin_timeline or (timeline == begin_timeline and position >= begin):
-            timelines[timeline].add(position)
-    found, expected = [], begin
-    for timeline, positions in sorted(timelines.items()):
-        first = min(positions)
-        if first > expected:
-            found.append(f"{first - expected} segments before the first of timeline {timeline}")
-        missing = max(positions) - first + 1 - len(positions)
-        if missing:
-            found.append(f"{missing} segments of timeline {timeline}")
-        expected = max(positions) + 1
-    return found
+    timeline, begin = number(since)
+    there = {place[1] for place in map(number, segments) if place[0] >= timeline and place[1] >= begin}
+    missing = set(range(begin, max(there, default=begin))) - there
+    starts = sorted(position for position in missing if position - 1 not in missing)
+    ends = sorted(position for position in missing if position + 1 not in missing)
+    return [
+        f"{end - start + 1} segments from {start // SEGMENTS_PER_ID:X}/{start % SEGMENTS_PER_ID:02X}"
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def run(settings: dict[str, Any], *arguments: str) -> Any:

@@ -266,7 +266,8 @@ class Postgresql:
 
     def rewind(self, primary: str) -> None:
         """Give this stopped member the history of the primary at this address, and have it follow."""
-        self._stop()
+        # A primary that ends cleanly archives a last segment, under a name that the next primary may need for its own.
+        self._stop(signal.SIGINT if (self._data / "standby.signal").exists() else signal.SIGQUIT)
         conninfo = f"host={primary} dbname=postgres {self._conninfo}"
         # It recovers a crashed server first, which a signal file would keep from ending.
         (self._data / "standby.signal").unlink(missing_ok=True)
