@@ -14,7 +14,7 @@ VENV := .venv/.complete
 LAB := playbooks/lab
 SECRETS := inventories/$(ENV)/group_vars/all/secrets.yml
 # The long ones first: two run side by side, and the short ones fill what is left.
-LONG := airflow spark single failover haproxy postgresql
+LONG := airflow spark single failover backup haproxy postgresql
 SCENARIOS := $(LONG) $(filter-out default $(LONG),$(notdir $(patsubst %/,%,$(dir $(wildcard molecule/*/molecule.yml)))))
 
 .DEFAULT_GOAL := help

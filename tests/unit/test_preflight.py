@@ -66,6 +66,7 @@ class Inventory:
             "zookeeper": ["data1", "data2", "witness1"],
             "spark_masters": ["airflow1", "airflow2"],
             "spark_workers": ["worker1", "worker2"],
+            "backup": ["witness1"],
         }
         self.cluster: dict[str, Any] = {
             "cluster_profile": "ha",
@@ -81,7 +82,7 @@ class Inventory:
         self.groups = {group: ["one"] for group in ("loadbalancers", "airflow_servers", "postgresql", "spark_masters")}
         self.cluster |= {"cluster_profile": "single", "cluster_vip": ""}
         for name in SECRETS:
-            if name.startswith(("secret_redis_", "secret_airflow_flower_")):
+            if name.startswith(("secret_redis_", "secret_airflow_flower_", "secret_backup_")):
                 del self.cluster[name]
 
     def report(self) -> Any:
@@ -231,6 +232,10 @@ BAD_INVENTORIES = {
         ["zookeeper: empty, but 2 spark_masters need it to elect a leader"],
     ),
     "two ZooKeeper members": (group("zookeeper", "data1", "data2"), ["zookeeper: 2 hosts, an ensemble has 1 or 3"]),
+    "backups beside what they back up": (
+        group("backup", "data1"),
+        ["backup: data1 is in postgresql too; keep backups on a machine that they do not back up"],
+    ),
     "Spark workers without a master": (
         group("spark_masters"),
         ["spark_masters: empty, but spark_workers has hosts"],
@@ -287,6 +292,9 @@ GOOD_INVENTORIES: dict[str, Callable[[Inventory], None]] = {
     "one Spark master without ZooKeeper": all_of(group("spark_masters", "airflow1"), group("zookeeper")),
     "no Spark, and none of its secrets": all_of(
         group("spark_masters"), group("spark_workers"), group("zookeeper"), without("secret_spark_auth_secret")
+    ),
+    "no backups, and none of their secrets": all_of(
+        group("backup"), without("secret_backup_cipher_pass"), without("secret_backup_redis_password")
     ),
     "no VIP": all_of(setting(cluster_vip=""), group("loadbalancers", "lb1")),
     "IPv6": host("worker1", node_address="fd00::11"),

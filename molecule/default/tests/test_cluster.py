@@ -14,8 +14,9 @@ UNITS = {
     "airflow": ["airflow-api-server", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer",
                 "airflow-flower", "haproxy", "spark-master"],
     "worker": ["airflow-worker", "haproxy", "spark-worker"],
-    "data": ["redis-server", "zookeeper", "postgresql-primary-check"],
-    "witness": ["zookeeper"],
+    "data": ["redis-server", "zookeeper", "postgresql-primary-check", "pgbackrest"],
+    "witness": ["zookeeper", "pgbackrest", "pgbackrest-backup@full.timer", "pgbackrest-backup@incr.timer",
+                "redis-copy.timer"],
 }  # fmt: skip
 
 

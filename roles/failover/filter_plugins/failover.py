@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ SERVICES = {"postgresql": "PostgreSQL", "redis": "Redis"}
 class Plan:
     """What will be done. Nothing is, while there are refusals."""
 
-    kind: str = "none"  # "planned", "forced", "resume" or "wake" (one that broke off) or "none"
+    kind: str = "none"  # "planned", "forced", "restore", "resume" or "wake" (one that broke off) or "none"
     primary: str = ""  # the old one
     candidate: str = ""
     followers: list[str] = field(default_factory=list)  # other members that will follow the new primary
@@ -360,6 +361,14 @@ def service_status(service: str, states: Mapping[str, State]) -> tuple[list[str]
         if role == "primary":
             detail = f"{len(state['standbys'])} standbys"
             problems += synchronous_problems(host, state)
+            archiver = state.get("archiver") or {}
+            if archiver.get("waiting"):
+                detail += f", {archiver['waiting']} WAL segments wait for the archive"
+            if archiver.get("failing"):
+                problems.append(
+                    f"{host}: WAL does not reach the archive (last tried {archiver['failed_at']},"
+                    f" {archiver['waiting']} segments wait)"
+                )
         elif role == "standby":
             # Who sends to it knows how late it replays.
             senders = [item for other in states.values() for item in other.get("standbys", [])]
@@ -397,12 +406,14 @@ def service_status(service: str, states: Mapping[str, State]) -> tuple[list[str]
 
 
 def failover_status(
-    services: Mapping[str, Mapping[str, State]], proxies: Mapping[str, Mapping[str, Sequence[str]]]
+    services: Mapping[str, Mapping[str, State]],
+    proxies: Mapping[str, Mapping[str, Sequence[str]]],
+    backups: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the data services' members and users see, as `{"healthy", "problems", "table", "services", "proxies"}`.
+    """What the data services' members and users see: `healthy`, `problems`, `table`, and what they were made from.
 
     services: service to host to state. proxies: host to backend to the servers that its local proxy would use; a host
-    that gave no answer has none.
+    that gave no answer has none. backups: what `backup_status` (role backup) found, if there are any.
     """
     table, problems = [], []
     for service, states in services.items():
@@ -421,7 +432,107 @@ def failover_status(
             f"{service} {'/'.join(backends.get(f'{service}-primary', [])) or 'none'}" for service in services
         )
         table.append(f"{'proxy':<11} {host:<12} {uses}")
-    return {"healthy": not problems, "problems": problems, "table": table, "services": services, "proxies": proxies}
+    if backups:
+        table += backups["table"]
+        problems += backups["problems"]
+    return {
+        "healthy": not problems, "problems": problems, "table": table,
+        "services": services, "proxies": proxies, "backups": (backups or {}).get("state", {}),
+    }  # fmt: skip
+
+
+def moment(text: str) -> datetime.datetime:
+    """The moment that an operator wrote in ISO 8601, in UTC, which is also meant where no zone is given.
+
+    Raises ValueError when it is none.
+    """
+    parsed = datetime.datetime.fromisoformat(text.strip())
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
+
+
+def shown_moment(when: datetime.datetime | float) -> str:
+    """A moment for people: UTC, to the second. A number is seconds since 1970."""
+    known = when if isinstance(when, datetime.datetime) else datetime.datetime.fromtimestamp(when, datetime.UTC)
+    return known.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def restore_target(options: Mapping[str, Any], repository: Mapping[str, Any]) -> tuple[list[str], str, str]:
+    """The options of pgBackRest for what was asked, how to say it, and why it cannot be done (empty when it can).
+
+    options: target_time (ISO 8601, "latest" or ""), set (label of a backup or ""), target_timeline (number or "").
+    repository: what backup_state.py found.
+    """
+    wanted, label, timeline = (str(options.get(name, "")) for name in ("target_time", "set", "target_timeline"))
+    backups = {item["label"]: item for item in repository["backups"]}
+    if not wanted and not label:
+        return [], "", "say to when: target_time=<time>, target_time=latest, or set=<label of a backup>"
+    if not backups:
+        return [], "", "the repository holds no backup"
+    if label and label not in backups:
+        return [], "", f"set={label}: no such backup; there are {', '.join(backups)}"
+    if timeline and not timeline.isdigit():
+        return [], "", f"target_timeline={timeline}: it is a number"
+    arguments = [f"--set={label}"] * bool(label) + [f"--target-timeline={timeline}"] * bool(timeline)
+    if not wanted:
+        return [*arguments, "--type=immediate", "--target-action=promote"], f"the end of backup {label}", ""
+    if wanted == "latest":
+        return [*arguments, "--type=default"], "the end of the archive", ""
+    try:
+        when = moment(wanted)
+    except ValueError:
+        return [], "", f"target_time={wanted}: no time; write it like 2026-01-31T12:00:00+01:00, or latest"
+    earliest = float(backups[label]["stop"] if label else min(item["stop"] for item in backups.values()))
+    latest = float(repository["now"] if repository["reached"] else repository["archived_at"])
+    # pgBackRest knows the end of a backup to the second.
+    if not earliest < when.timestamp() <= latest:
+        between = f"between {shown_moment(earliest)}, the end of the first backup, and {shown_moment(latest)}"
+        return [], "", f"target_time={wanted}: it has to be {between}"
+    newest = list(backups.values())[-1]
+    if repository["gaps"] and when.timestamp() > float(newest["stop"]):
+        lost = f"the archive lacks WAL ({', '.join(repository['gaps'])})"
+        return [], "", f"target_time={wanted}: {lost}; set={newest['label']} or latest come closest"
+    text = when.strftime("%Y-%m-%d %H:%M:%S.%f+00")
+    return [*arguments, "--type=time", f"--target={text}", "--target-action=promote"], shown_moment(when), ""
+
+
+def restore_plan(
+    states: Mapping[str, State], repositories: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The plan for one restore, as the fields of `Plan` and `arguments` for the member that is restored (`candidate`).
+
+    states: as for `failover_plan`. repositories: host to what backup_state.py said there, likewise. options: those of
+    `restore_target`, host (whose data is replaced, or ""), confirm (the same, to be sure), dry_run (bool), run (id).
+    """
+    plan = Plan()
+    plan.refusals += locked(states, options)
+    primaries = primaries_of(states)
+    host = str(options.get("host", "")) or next(iter([*primaries, *states]))
+    if host not in states:
+        return {**vars(plan.refuse(f"host={host}: not a member of postgresql ({', '.join(states)})")), "arguments": []}
+    for name, state in states.items():
+        if not reachable(state) and (name == host or name in primaries):
+            plan.refuse(f"{name} cannot be reached: {state.get('problem', 'no answer')}")
+        elif not reachable(state):
+            plan.says.append(f"{name} cannot be reached: keep it off, and run rejoin.yml when it is back")
+    repository = repositories[host]
+    arguments: list[str] = []
+    if "backups" not in repository:
+        plan.refuse(f"the repository cannot be reached from {host}: {repository.get('problem', 'no answer')}")
+    else:
+        # Only the primary can have the archive get what is newer than its last segment.
+        reached = any(item.get("reached") for item in repositories.values())
+        arguments, says, problem = restore_target(options, {**repository, "reached": reached})
+        plan.says.insert(0, f"PostgreSQL goes back to {says} on {host}, whose data is replaced; the others follow it")
+        if problem:
+            plan.refuse(problem)
+    if options.get("confirm") != host and not options.get("dry_run"):
+        plan.refuse(f"confirm: the data of {host} would be replaced and every later write lost, say confirm={host}")
+    if plan.refusals:
+        return {**vars(plan), "arguments": []}
+    plan.kind, plan.candidate = "restore", host
+    plan.primary = next((name for name in primaries if name != host), "")
+    plan.followers = [name for name in states if name != host and reachable(states[name])]
+    return {**vars(plan), "arguments": arguments}
 
 
 class FilterModule:
@@ -434,6 +545,7 @@ class FilterModule:
             "rejoin_plan": rejoin_plan,
             "synchronous_plan": synchronous_plan,
             "failover_status": failover_status,
+            "restore_plan": restore_plan,
             "failover_looks": failover_looks,
             "proxy_views": proxy_views,
             "failover_states": failover_states,

@@ -207,6 +207,8 @@ def size_findings(groups: Groups, profile: str, rules: Rules) -> list[str]:
         lines.append(f"zookeeper: empty, but {masters} spark_masters need it to elect a leader")
     if groups.get("spark_workers") and masters == 0:
         lines.append("spark_masters: empty, but spark_workers has hosts")
+    if both := set(groups.get("backup", ())) & set(groups.get("postgresql", ())):
+        lines.append(f"backup: {listed(both)} is in postgresql too; keep backups on a machine that they do not back up")
     return lines
 
 

@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,11 @@ STATE_QUERY = """
 PRIMARY_QUERY = """
     select json_build_object(
       'timeline', ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int,
-      'lsn', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint)
+      'lsn', pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint,
+      'archiver', (select json_build_object(
+        'failing', coalesce(last_failed_time > last_archived_time, failed_count > 0),
+        'failed_at', to_char(last_failed_time at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS"Z"'),
+        'waiting', (select count(*) from pg_ls_archive_statusdir() where name like '%.ready')) from pg_stat_archiver))
 """
 STANDBY_QUERY = """
     select json_build_object(
@@ -100,6 +105,7 @@ class Postgresql:
         self._ports, self._synchronous = settings["fence_ports"], settings["synchronous"]
         self._config = settings["config_file"]
         self._run = settings["run"]
+        self._stanza, self._log = settings["stanza"], Path(settings["log"])
         self._journal = journal
 
     # --- looking ---------------------------------------------------------------------------------
@@ -337,7 +343,8 @@ class Postgresql:
 
     def rewind(self, primary: str, name: str) -> None:
         """Give this member the history of the primary of this address and name, and have it follow."""
-        self._stop()
+        # A primary that ends cleanly archives a last segment, under a name that the next primary may need for its own.
+        self._stop(signal.SIGINT if (self._data / "standby.signal").exists() else signal.SIGQUIT)
         conninfo = f"host={primary} dbname=postgres {self._conninfo}"
         # It recovers a crashed server first, which a signal file would keep from ending.
         (self._data / "standby.signal").unlink(missing_ok=True)
@@ -350,7 +357,66 @@ class Postgresql:
         self._journal.step("rewound" if "Done!" in done.stderr + done.stdout else "no rewind was needed")
         self.follow(name)
 
+    def halt(self) -> None:
+        """Stop this member cleanly, before another is restored; if it ever starts, then as a standby of that one."""
+        if (self._data / "PG_VERSION").exists():
+            self._signal_file()
+        self._stop()
+        self._systemctl("stop", check=False)
+
+    def restore(self, *options: str) -> None:
+        """Replace this member's data by a backup, recover to where pgBackRest's `options` say, and be the primary.
+
+        What is the same as in the backup stays as it is (--delta). Raises FailoverError when recovery does not get
+        there; the member is stopped then, and a restore can be tried again.
+        """
+        self._stop()
+        self._systemctl("stop", check=False)
+        self.release()
+        if not self._data.exists():
+            self._data.mkdir(mode=0o700)
+            shutil.chown(self._data, "postgres", "postgres")
+        (self._data / "standby.signal").unlink(missing_ok=True)
+        done = self._run_as_postgres("pgbackrest", f"--stanza={self._stanza}", "--delta", *options, "restore")
+        if done.returncode != 0:
+            raise FailoverError(f"pgbackrest restore: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        self._journal.step("data restored")
+        self._recover()
+        with self._connect() as cursor:
+            # What pgBackRest left here would end the recovery of every standby that is cloned from this server.
+            cursor.execute(
+                "select name from pg_file_settings where sourcefile like '%postgresql.auto.conf'"
+                " and (name = 'restore_command' or name like 'recovery\\_target%')"
+            )
+            for (name,) in set(cursor.fetchall()):
+                cursor.execute(f"alter system reset {name}")
+        # They stay in force until a restart, and nobody can use the server yet.
+        self._stop()
+        self._systemctl("start")
+        self.welcome()
+
     # --- helpers ---------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Start, and wait however long until recovery has ended with a promotion."""
+        log_end = self._log.stat().st_size if self._log.exists() else 0
+        started = subprocess.run(["systemctl", "start", self._unit], capture_output=True, check=False).returncode == 0
+        while started:
+            with contextlib.suppress(psycopg2.Error, FailoverError), self._connect(patience_s=2) as cursor:
+                cursor.execute("select pg_is_in_recovery()")
+                if cursor.fetchone() == (False,):
+                    self._journal.step("recovered and promoted")
+                    return
+            shown = self._systemctl("show --property=NRestarts", check=False)
+            started = shown.strip() == "NRestarts=0" and self._systemctl("is-active", check=False).strip() != "failed"
+            time.sleep(0.5)
+        self._systemctl("stop", check=False)
+        with self._log.open("rb") as stream:
+            stream.seek(log_end)
+            lines = [line for line in stream.read().decode(errors="replace").splitlines() if "FATAL: " in line]
+        said = [line.partition("FATAL: ")[2].strip() for line in lines]
+        reasons = [line for line in said if "starting up" not in line and "not yet accepting" not in line]
+        raise FailoverError(f"recovery failed: {reasons[0] if reasons else 'see its log'}")
 
     @contextlib.contextmanager
     def _connect(self, patience_s: float = START_TIMEOUT_S) -> Iterator[Any]:
@@ -461,8 +527,12 @@ class Postgresql:
         return Path(self._config).parent / SUSPENDED
 
     def _as_postgres(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["runuser", "--user=postgres", "--", str(self._bin / program), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+        return self._run_as_postgres(str(self._bin / program), *arguments)
+
+    @staticmethod
+    def _run_as_postgres(*command: str) -> subprocess.CompletedProcess[str]:
+        full = ["runuser", "--user=postgres", "--", *command]
+        return subprocess.run(full, capture_output=True, text=True, check=False, cwd="/")
 
     def _control(self) -> dict[str, str]:
         output = self._as_postgres("pg_controldata", str(self._data)).stdout
@@ -506,7 +576,7 @@ class Postgresql:
         wait_for(lambda: self._systemctl("is-active", check=False).strip() in ("inactive", "failed"), 10, 0.05)
 
     def _systemctl(self, verb: str, *, check: bool = True) -> str:
-        done = subprocess.run(["systemctl", verb, self._unit], capture_output=True, text=True, check=False)
+        done = subprocess.run(["systemctl", *verb.split(), self._unit], capture_output=True, text=True, check=False)
         if check and done.returncode != 0:
             raise FailoverError(f"systemctl {verb} {self._unit}: {done.stderr.strip().splitlines()[-1]}")
         return done.stdout
