@@ -224,9 +224,13 @@ def test_a_node_that_is_cut_off_stops_before_the_other_starts(machine: Machine) 
     holder = settled(machine)
     host = machine(holder)
     peers = ", ".join(address for name, address in NODES.items() if name != holder)
-    rules = f"add table inet cut; add chain inet cut in {{ type filter hook input priority 0; }}; add chain inet cut out " \
-            f"{{ type filter hook output priority 0; }}; add rule inet cut in ip saddr {{ {peers} }} drop; " \
-            f"add rule inet cut out ip daddr {{ {peers} }} drop"  # fmt: skip
+    rules = "; ".join([
+        "add table inet cut",
+        "add chain inet cut in { type filter hook input priority 0; }",
+        "add chain inet cut out { type filter hook output priority 0; }",
+        f"add rule inet cut in ip saddr {{ {peers} }} drop",
+        f"add rule inet cut out ip daddr {{ {peers} }} drop",
+    ])  # fmt: skip
     host.check_output("nft %s", rules)
     try:
         until("a takeover", lambda: active(machine) == [other(holder)])
