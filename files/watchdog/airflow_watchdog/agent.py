@@ -62,9 +62,11 @@ class Watched(Generic[State]):
     """
 
     def __init__(self, ask: Callable[[], State], failed: Callable[[str, str], State], patience_s: float) -> None:
-        self._ask, self._failed, self._patience_s = ask, failed, patience_s
+        self._ask: Callable[[], State] = ask
+        self._failed: Callable[[str, str], State] = failed
+        self._patience_s = patience_s
         self._lock = threading.Lock()
-        self._state = failed("unknown", "not asked yet")
+        self._state: State = failed("unknown", "not asked yet")
         self._asked_at = float("-inf")
         self._since = time.monotonic()
 
@@ -192,10 +194,7 @@ class PostgresqlAgent:
         started again, and finds in the marker that it must be a standby even if it reaches none of them.
         """
         own = self._watched.state(max_age_s=0)
-        primaries = {
-            name: state.timeline for name, state in peers.items() if state.role == "primary" and state.timeline
-        }
-        self._newer, self._rivals = compare(own, primaries)
+        self._newer, self._rivals = compare(own, peers)
         if self._newer and self._settings.fence:
             self._fence(own, *self._newer)
         elif own.role == "standby" or (own.role == "primary" and peers and not self._newer):
@@ -256,14 +255,13 @@ class PostgresqlAgent:
 
 
 def compare(
-    own: PostgresqlState, primaries: Mapping[str, int | None]
+    own: PostgresqlState, peers: Mapping[str, PostgresqlState]
 ) -> tuple[tuple[str, int] | None, tuple[str, ...]]:
-    """Return the primary on the newest timeline, if newer than this primary's own, and those on the same timeline."""
+    """Return the peer that is primary on the newest timeline, if newer than this primary's, and those on the same."""
     if own.role != "primary" or own.timeline is None:
         return None, ()
-    known = {name: timeline for name, timeline in primaries.items() if timeline is not None}
-    newer = [(timeline, name) for name, timeline in known.items() if timeline > own.timeline]
-    if newer:
-        timeline, name = max(newer)
+    primaries = [(s.timeline, name) for name, s in peers.items() if s.role == "primary" and s.timeline is not None]
+    timeline, name = max(primaries, default=(0, ""))
+    if timeline > own.timeline:
         return (name, timeline), ()
-    return None, tuple(sorted(name for name, timeline in known.items() if timeline == own.timeline))
+    return None, tuple(sorted(name for timeline, name in primaries if timeline == own.timeline))

@@ -1,4 +1,4 @@
-"""What each path of the HTTPS server answers: Patroni's paths with Patroni's meanings, 200 or 503 with JSON that says why.
+"""What each path of the HTTPS server answers: Patroni's paths and meanings, 200 or 503 with JSON that says why.
 
 Source: Patroni's documentation, "REST API", "Health check endpoints".
 """
@@ -20,7 +20,7 @@ def is_primary(state: PostgresqlState) -> bool:
 
 
 def is_replica(state: PostgresqlState, max_lag_bytes: int | None) -> bool:
-    """Whether clients may read here: a standby that is at most so far behind; unknown lag is too much, if any counts."""
+    """Whether clients may read here: a standby at most so far behind; unknown lag is too much, if any counts."""
     if state.role != "standby" or max_lag_bytes is None:
         return state.role == "standby"
     return state.streaming is True and state.lag_bytes is not None and state.lag_bytes <= max_lag_bytes

@@ -5,7 +5,7 @@ States are read from the snapshot when somebody asks; only events are counted as
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from airflow_watchdog.snapshot import PostgresqlState, RedisState, Snapshot, State
@@ -120,9 +120,7 @@ def _of_server(name: str, server: PostgresqlState | RedisState, roles: tuple[str
         yield _gauge(f"{name}_lag_bytes", f"How far {name} is behind.", {(): server.lag_bytes})
 
 
-def _gauge(
-    name: str, text: str, values: dict[tuple[str, ...], float] | dict[tuple[()], float], labels: tuple[str, ...] = ()
-) -> "Metric":
+def _gauge(name: str, text: str, values: Mapping[Any, float], labels: tuple[str, ...] = ()) -> "Metric":
     from prometheus_client.core import GaugeMetricFamily
 
     family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
@@ -142,12 +140,11 @@ def _counter(name: str, text: str, labels: tuple[str, ...], values: Counter[tupl
 
 def _loop_histogram(loops: Counter[float], sum_s: float) -> "Metric":
     from prometheus_client.core import HistogramMetricFamily
-    from prometheus_client.utils import floatToGoString
 
     total, buckets = 0, []
     for bound in LOOP_BUCKETS_S:
         total += loops[bound]
-        buckets.append((floatToGoString(bound), float(total)))
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
     family = HistogramMetricFamily(f"{PREFIX}_loop_seconds", "Duration of the watchdog's loops.")
     family.add_metric([], buckets, sum_s)
     return family

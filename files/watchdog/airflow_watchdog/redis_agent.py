@@ -145,9 +145,5 @@ def read_info(replication: str, persistence: str) -> RedisState:
     up = info.get("master_link_status") == "up"
     read, done = info.get("slave_read_repl_offset"), info.get("slave_repl_offset")
     lag = max(0, int(read) - int(done)) if up and read and done else None
-    return RedisState(
-        role=role,
-        link_up=up,
-        lag_bytes=lag,
-        detail="" if up else f"no link to its primary {info.get('master_host', '')}",
-    )
+    detail = "" if up else f"no link to its primary {info.get('master_host', '')}"
+    return RedisState(role=role, link_up=up, lag_bytes=lag, detail=detail)

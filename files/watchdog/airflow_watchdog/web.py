@@ -5,6 +5,7 @@ ever harms himself: the handshake is in the connection's own thread, a connectio
 when there are too many, the client with the most of them loses its oldest.
 """
 
+import contextlib
 import json
 import logging
 import socket
@@ -50,7 +51,7 @@ def json_response(status: int, content: Any) -> Response:
     return Response(status, json.dumps(content, separators=(",", ":")).encode() + b"\n")
 
 
-class _TooLong(Exception):
+class _TooLongError(Exception):
     """A request beyond MAX_REQUEST_BYTES."""
 
 
@@ -82,9 +83,9 @@ class HttpsServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in settings.address else socket.AF_INET
         super().__init__((settings.address, settings.port), _Handler)
 
-    def start(self) -> threading.Thread:
-        """Serve in a thread of its own, which ends with `stop`."""
-        thread = threading.Thread(target=self.serve_forever, name="https", daemon=True)
+    def start(self, look_s: float = 0.5) -> threading.Thread:
+        """Serve in a thread of its own, which ends with `stop`; look for slow clients and certificates every `look_s`."""
+        thread = threading.Thread(target=self.serve_forever, args=(look_s,), name="https", daemon=True)
         thread.start()
         return thread
 
@@ -177,7 +178,7 @@ class HttpsServer(ThreadingHTTPServer):
         _cut(self._connections.pop(key).socket)
 
     def service_actions(self) -> None:
-        """Called twice a second: cut off who takes too long, look for a new certificate."""
+        """Called by serve_forever: cut off who takes too long, look for a new certificate."""
         now = time.monotonic()
         with self._lock:
             for key in [key for key, entry in self._connections.items() if entry.deadline < now]:
@@ -192,11 +193,9 @@ class HttpsServer(ThreadingHTTPServer):
 
 def _cut(connection: ssl.SSLSocket) -> None:
     """Wake whoever reads from or writes to the connection; its thread closes it."""
-    try:
+    with contextlib.suppress(OSError):
         # Not SSLSocket's own, which takes the TLS state from under the thread that uses it.
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 class _Limited:
@@ -220,7 +219,7 @@ class _Limited:
             line = self._stream.readline(self._left + 1)
         self._left -= len(line)
         if self._left < 0:
-            raise _TooLong
+            raise _TooLongError
         return bytes(line)
 
     def close(self) -> None:
@@ -250,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.raw_requestline or not self.parse_request():
                 return
             self._answer()
-        except _TooLong:
+        except _TooLongError:
             self.send_error(431)
         finally:
             if not self.wfile.closed:
@@ -294,6 +293,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer a request that is not served, and hang up. What the client sent is not repeated."""
         self.close_connection = True
+        # What has no version that we know is answered in ours, not as HTTP 0.9, without a status.
+        self.request_version = self.protocol_version
         self._send(json_response(code, {"error": self.responses.get(code, ("error", ""))[0].lower()}))
 
     def version_string(self) -> str:
