@@ -24,6 +24,8 @@ START_TIMEOUT_S = 60
 STREAM_TIMEOUT_S = 60
 # Longer than the primary waits for a standby that is silent (wal_sender_timeout).
 ARRIVAL_TIMEOUT_S = 15
+# airflow-watchdog leaves it when it stops a primary that is older than another (files/watchdog, agent.py).
+WATCHDOG_MARKER = Path("/var/lib/airflow-watchdog/postgresql-fenced.json")
 SHUTDOWN_RECORD = re.compile(r"desc: CHECKPOINT_SHUTDOWN\b")
 STATE_QUERY = """
     select json_build_object(
@@ -236,6 +238,10 @@ class Postgresql:
                     shutil.rmtree(slot)
                 self._journal.step(f"{host} is the primary: this former primary starts as a standby")
                 return
+        # Whoever it was older than may only be out of sight.
+        if WATCHDOG_MARKER.exists():
+            self._signal_file()
+            self._journal.step("airflow-watchdog had stopped it as a primary of the past: it starts as a standby")
 
     def reinstate(self) -> None:
         """Undo a demotion whose candidate was not promoted: be the primary again."""
