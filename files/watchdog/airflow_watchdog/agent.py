@@ -70,12 +70,12 @@ class Watched(Generic[State]):
         self._asked_at = float("-inf")
         self._since = time.monotonic()
 
-    def state(self, max_age_s: float = CACHE_S) -> State:
-        """Return the state, at most so old; its `for_s` is up to date."""
+    def state(self, max_age_s: float | None = None) -> State:
+        """Return the state, at most so old (CACHE_S); its `for_s` is up to date."""
         if not self._lock.acquire(timeout=self._patience_s):
             return self._failed("unknown", "no answer in time")
         try:
-            if time.monotonic() - self._asked_at > max_age_s:
+            if time.monotonic() - self._asked_at > (CACHE_S if max_age_s is None else max_age_s):
                 state = self._answer()
                 now = time.monotonic()
                 if state.role != self._state.role:
@@ -107,9 +107,15 @@ class _Link:
 
         try:
             if self._connection is None or time.monotonic() - self._connected_at > RECONNECT_S:
-                self.close()
-                self._connection, self._connected_at = self._connect(), time.monotonic()
-            row = self._query(self._connection)
+                row = self._on_a_new_connection()
+            else:
+                try:
+                    row = self._query(self._connection)
+                except psycopg.errors.QueryCanceled:
+                    raise
+                except psycopg.Error:
+                    # Somebody ended our connection: that alone says nothing.
+                    row = self._on_a_new_connection()
         except (psycopg.Error, OSError) as error:
             self.close()
             text = " ".join(str(error).split()) or type(error).__name__
@@ -132,6 +138,11 @@ class _Link:
             self._connection.close()
             self._connection = None
 
+    def _on_a_new_connection(self) -> list[str]:
+        self.close()
+        self._connection, self._connected_at = self._connect(), time.monotonic()
+        return self._query(self._connection)
+
     def _connect(self) -> "psycopg.Connection":
         import psycopg
 
@@ -147,7 +158,7 @@ class _Link:
 
     def _query(self, connection: "psycopg.Connection") -> list[str]:
         """Ask below psycopg's cursors, which wait for ever on a server that hangs."""
-        from psycopg import OperationalError, pq
+        from psycopg import OperationalError, errors, pq
 
         link, deadline = connection.pgconn, time.monotonic() + self._timeout_s
         link.send_query(QUERY)
@@ -155,7 +166,7 @@ class _Link:
         poller.register(link.socket, select.POLLIN)
         while link.is_busy():
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise OperationalError("no answer in time")
+                raise errors.QueryCanceled("no answer in time")
             link.consume_input()
         result = link.get_result()
         if result is None or result.status != pq.ExecStatus.TUPLES_OK:

@@ -84,7 +84,7 @@ class HttpsServer(ThreadingHTTPServer):
         super().__init__((settings.address, settings.port), _Handler)
 
     def start(self, look_s: float = 0.5) -> threading.Thread:
-        """Serve in a thread of its own, which ends with `stop`; look for slow clients and certificates every `look_s`."""
+        """Serve in a thread of its own until `stop`; look for slow clients and new certificates every `look_s`."""
         thread = threading.Thread(target=self.serve_forever, args=(look_s,), name="https", daemon=True)
         thread.start()
         return thread
