@@ -1,4 +1,4 @@
-"""The configuration file, /etc/airflow-watchdog/config.toml: its sections, its rules, and how a mistake in it is told."""
+"""The configuration, /etc/airflow-watchdog/config.toml: its sections, its rules, and how a mistake in it is told."""
 
 import tomllib
 from pathlib import Path
@@ -65,7 +65,7 @@ class Loop(Section):
 
 
 class Component(Section):
-    """A part that runs here: its unit has to be active, and its URL, if any, has to answer 200 (with `match` in the body)."""
+    """A part that runs here: its unit has to be active; its URL, if any, has to answer 200, with `match` in the body."""
 
     name: Name
     unit: Name

@@ -8,7 +8,7 @@ Severity = Literal["info", "warning", "critical"]
 
 @dataclass(frozen=True)
 class Event:
-    """`kind` is for programs, `message` for people; `at` is seconds since the epoch by the wall clock, for display only."""
+    """`kind` is for programs, `message` for people; `at` is the wall clock's time, for display only."""
 
     kind: str
     node: str

@@ -83,7 +83,7 @@ class RedisState(Part):
 
 
 class PeerView(Part):
-    """Another node as seen from here. `answering` None: not asked yet. `for_s`: since when so; `seen_s`: last answer's age."""
+    """Another node as seen from here. `answering` None: not asked yet; `seen_s`: age of the last answer."""
 
     name: str
     rack: str = ""
