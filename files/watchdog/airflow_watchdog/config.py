@@ -249,3 +249,19 @@ def _one_line(error: ValidationError) -> str:
     text = text.removeprefix("Value error, ")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{key}: {text}{more}" if key else f"{text}{more}"
+
+
+def check_files(config: Config) -> None:
+    """Raise ConfigError for the first file named in the configuration that this process cannot read."""
+    named: list[tuple[str, Path | None]] = [("http.certificate", config.http.certificate), ("http.key", config.http.key), ("http.ca", config.http.ca)]
+    if config.database:
+        named += [("database.password_file", config.database.password_file), ("database.ca", config.database.ca)]
+    if config.redis:
+        named += [("redis.password_file", config.redis.password_file), ("redis.ca", config.redis.ca)]
+    named.append(("alerts.webhook_url_file", config.alerts.webhook_url_file))
+    for key, path in named:
+        try:
+            if path is not None:
+                path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{key}: {path}: {error.strerror or type(error).__name__}") from None

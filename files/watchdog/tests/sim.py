@@ -342,7 +342,7 @@ class World:
     def fault(self) -> None:
         """Let something happen to somebody."""
         random, node, database = self.random, self.random.choice(self.nodes), self.database
-        lasts = random.choice((0.5, 3.0, 8.0, 15.0))
+        lasts = random.choice((0.5, 3.0, 9.0, 18.0))
 
         def flag(name: str, value: object) -> None:
             before = getattr(node, name)
@@ -400,5 +400,5 @@ def history(seed: int) -> World:
     world.run(random.uniform(0, 4))
     for _ in range(random.randrange(1, 7)):
         world.fault()
-        world.run(random.expovariate(0.2))
+        world.run(random.expovariate(0.14))
     return world
