@@ -96,10 +96,16 @@ def send_mail(settings: Email, event: Event, timeout_s: float) -> None:
     details = "\n".join(f"{key}: {value}" for key, value in event.as_dict().items())
     mail.set_content(f"{event.message}\n\n{details}\n")
     try:
-        with smtplib.SMTP(settings.smtp, settings.port, timeout=timeout_s) as relay:
+        relay = smtplib.SMTP(settings.smtp, settings.port, timeout=timeout_s)
+        try:
             if settings.starttls:
                 relay.starttls(context=ssl.create_default_context())
             relay.send_message(mail)
+        finally:
+            # A mail that was taken is not sent again because of a bad farewell.
+            with contextlib.suppress(OSError, smtplib.SMTPException):
+                relay.quit()
+            relay.close()
     except (OSError, smtplib.SMTPException) as error:
         raise AlertError(f"e-mail by {settings.smtp}: {type(error).__name__}") from None
 

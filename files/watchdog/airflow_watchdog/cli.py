@@ -50,9 +50,10 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
 
 def parse_duration(text: str) -> float:
     """Return seconds from 90, 90s, 30m, 2h or 1d; up to 30 days. Raises ValueError."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    seconds = float(number) * units[unit] if number.replace(".", "", 1).isascii() and number[:1].isdigit() else 0.0
+    import re
+
+    found = re.fullmatch(r"([0-9]{1,8}(?:\.[0-9]{1,3})?)([smhd]?)", text)
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
     if not 0 < seconds <= 30 * 86400:
         raise ValueError("not a time like 90s, 30m, 2h or 1d, up to 30 days")
     return seconds

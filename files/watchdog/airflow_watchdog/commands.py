@@ -11,14 +11,17 @@ import ssl
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_watchdog import client, status
 from airflow_watchdog.config import Config, ConfigError, read_secret
 from airflow_watchdog.snapshot import State
 from airflow_watchdog.status import Cluster, Level
+
+if TYPE_CHECKING:
+    from airflow_watchdog.store import Control
 
 LOOK_AGAIN_S = 0.2
 T = TypeVar("T")
@@ -26,39 +29,6 @@ T = TypeVar("T")
 
 class CommandError(Exception):
     """A command was refused or failed; str() is one line that says why."""
-
-
-class Event(Protocol):
-    """An event as the database keeps it; `at` is seconds since the epoch by the database's clock."""
-
-    at: float
-    kind: str
-    node: str
-    component: str
-    severity: str
-    message: str
-
-
-class Control(Protocol):
-    """What the commands need of the database; each call takes a bounded time and raises an Exception if it fails."""
-
-    def history(self, limit: int) -> Sequence[Event]:
-        """Return the newest events, oldest first."""
-
-    def pause(self, seconds: float, reason: str, by: str) -> None:
-        """Let no scheduler move for so long."""
-
-    def resume(self, by: str) -> bool:
-        """End the pause; False if there was none."""
-
-    def switchover(self, target: str | None, by: str) -> None:
-        """Ask the holder to hand over, to this node or to any."""
-
-    def withdraw(self) -> None:
-        """Take back a switchover that nobody has followed yet."""
-
-    def close(self) -> None:
-        """Drop the connection."""
 
 
 def show(config: Config, options: Namespace) -> int:
@@ -193,22 +163,26 @@ def _known(config: Config, options: Namespace, paused: bool, text: str) -> int:
     return 0
 
 
-def open_control(config: Config) -> Control:
+def open_control(config: Config) -> "Control":
     """Return the database's side of the commands. Raises CommandError where there is none."""
     if config.database is None:
         raise CommandError("only Airflow servers hold the database's credential: run it on one of them")
-    from airflow_watchdog import store
+    # Here, since psycopg takes a while to load.
+    from airflow_watchdog.store import Control
 
-    return store.Control(config)
+    return Control(config)
 
 
-def _with_control(config: Config, do: Callable[[Control], T]) -> T:
+def _with_control(config: Config, do: "Callable[[Control], T]") -> T:
+    from airflow_watchdog.store import Refused, StoreError
+
     control = open_control(config)
     try:
         return do(control)
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise CommandError(f"the watchdogs' database: {text}") from None
+    except Refused as error:
+        raise CommandError(f"refused: {error}") from None
+    except StoreError as error:
+        raise CommandError(f"the watchdogs' database: {error}") from None
     finally:
         control.close()
 

@@ -139,7 +139,7 @@ class Relay:
             stream.write(self._greeting)
             stream.flush()
             for line in stream:
-                if line.startswith(b"DATA"):
+                if line.upper().startswith(b"DATA"):
                     stream.write(b"354 go on\r\n")
                     stream.flush()
                     text = b""
