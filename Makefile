@@ -14,7 +14,7 @@ VENV := .venv/.complete
 LAB := playbooks/lab
 SECRETS := inventories/$(ENV)/group_vars/all/secrets.yml
 # The long ones first: two run side by side, and the short ones fill what is left.
-LONG := airflow spark single failover haproxy postgresql
+LONG := airflow spark single watchdog failover haproxy postgresql
 SCENARIOS := $(LONG) $(filter-out default $(LONG),$(notdir $(patsubst %/,%,$(dir $(wildcard molecule/*/molecule.yml)))))
 
 .DEFAULT_GOAL := help
@@ -66,6 +66,7 @@ locks: $(VENV) ## Resolve files/locks/*.in anew, with hashes
 wheelhouse: $(VENV) ## Fetch and build the wheels of Debian 13's Python ahead of a deployment
 	python files/locks/wheelhouse.py --name airflow --python 3.13
 	python files/locks/wheelhouse.py --name spark --python 3.13
+	python files/locks/wheelhouse.py --name watchdog --python 3.13 --source files/watchdog
 
 docs: $(VENV) ## Generate docs/variables.md from the roles' argument_specs
 	python docs/generate.py
