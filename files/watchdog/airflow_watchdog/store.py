@@ -147,8 +147,9 @@ _BEAT: LiteralString = """
         AND node <> ALL (%(nodes)s::text[])
         RETURNING node, component, state, was, detail
     ), gone AS (
-        DELETE FROM heartbeat WHERE (node <> ALL (%(known)s::text[]) AND seen_at < now() - interval '10 minutes')
-        OR (node = ANY (%(nodes)s::text[]) AND seen_at < now() - interval '10 minutes')
+        DELETE FROM heartbeat AS h WHERE seen_at < now() - interval '10 minutes'
+        AND (node <> ALL (%(known)s::text[]) OR (node = ANY (%(nodes)s::text[]) AND NOT EXISTS (
+            SELECT FROM seen AS s WHERE s.node = h.node AND s.component = h.component)))
     ), told AS (
         INSERT INTO event (at, kind, node, component, severity, message)
         SELECT now() - make_interval(secs => age), kind, node, component, severity, message
@@ -183,28 +184,31 @@ class _Connection(psycopg.Connection[Record]):
 
     deadline = float("inf")
 
-    def wait(self, gen: Generator[Any, Ready, T], interval: float = 0.1) -> T:
+    def wait(self, gen: Generator[Wait, Ready | int, T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Run psycopg's generator; when the time is over, close and raise TimeoutError."""
+        poll = select.poll()
         try:
             wanted = next(gen)
             while True:
-                left = self.deadline - time.monotonic()
-                poll = select.poll()
                 poll.register(
                     self.pgconn.socket,
                     (select.POLLIN if wanted & Wait.R else 0) | (select.POLLOUT if wanted & Wait.W else 0),
                 )
-                found = poll.poll(max(0.0, left) * 1000) if left > 0 else []
+                left = self.deadline - time.monotonic()
+                found = poll.poll(min(left, 3600) * 1000) if left > 0 else []
                 if not found:
                     self.pgconn.finish()
                     raise TimeoutError("no answer in time")
-                # An error or a hang-up is both: libpq finds out which.
-                events = found[0][1]
-                ready = (Ready.R if events & ~select.POLLOUT else 0) | (Ready.W if events & ~select.POLLIN else 0)
-                wanted = gen.send(Ready(ready & int(wanted) or int(wanted)))
+                # After an error or a hang-up it may do both: libpq finds out which it was.
+                ready = sum(bit for bit, event in _READY if found[0][1] & ~event) & wanted
+                wanted = gen.send(Ready(ready or wanted))
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+
+# What is ready unless poll says nothing but the other.
+_READY = ((int(Ready.R), select.POLLOUT), (int(Ready.W), select.POLLIN))
 
 
 class Server:
@@ -414,8 +418,7 @@ class Lease:
                 return _RENEW, values | {"epoch": epoch}
             case lease.Release(epoch, reserved_for):
                 return _RELEASE, values | {"epoch": epoch, "reserved_for": reserved_for}
-            case lease.Poll():
-                return _POLL, {}
+        return _POLL, {}
 
 
 @dataclass(frozen=True)
