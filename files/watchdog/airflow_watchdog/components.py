@@ -14,6 +14,7 @@ from airflow_watchdog.units import Systemd, UnitError, UnitState
 
 # URLs are asked less often than units: what they cost, they cost the component, too.
 URL_PERIOD_S = 5.0
+TOO_LATE = "no answer in time"
 _MAX_BODY = 1 << 16
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger(__name__)
@@ -37,9 +38,9 @@ class Url:
         again = self._connection is not None
         try:
             return self._get()
-        except UrlError:
+        except UrlError as error:
             # A connection that the other side had ended meanwhile says nothing.
-            if not again:
+            if not again or str(error) == TOO_LATE:
                 raise
             return self._get()
 
@@ -56,7 +57,7 @@ class Url:
             return response.status, body
         except TimeoutError:
             self.close()
-            raise UrlError("no answer in time") from None
+            raise UrlError(TOO_LATE) from None
         except (OSError, http.client.HTTPException) as error:
             self.close()
             text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -102,7 +103,9 @@ class Components:
         self._systemd = systemd
         self._components = config.component
         self._urls = {
-            c.name: Url(c.url, config.loop.timeout_s, str(config.http.ca)) for c in self._components if c.url is not None
+            c.name: Url(c.url, config.loop.timeout_s, str(config.http.ca))
+            for c in self._components
+            if c.url is not None
         }
         self._pool = ThreadPoolExecutor(max(1, len(self._urls)), "url")
         self._asked: dict[str, Future[str]] = {}

@@ -65,7 +65,7 @@ class Loop(Section):
 
 
 class Component(Section):
-    """A part that runs here: its unit has to be active; its URL, if any, has to answer 200, with `match` in the body."""
+    """A part that runs here: its unit has to be active; its URL, if any, has to answer 200 with `match` in it."""
 
     name: Name
     unit: Name
@@ -253,7 +253,11 @@ def _one_line(error: ValidationError) -> str:
 
 def check_files(config: Config) -> None:
     """Raise ConfigError for the first file named in the configuration that this process cannot read."""
-    named: list[tuple[str, Path | None]] = [("http.certificate", config.http.certificate), ("http.key", config.http.key), ("http.ca", config.http.ca)]
+    named: list[tuple[str, Path | None]] = [
+        ("http.certificate", config.http.certificate),
+        ("http.key", config.http.key),
+        ("http.ca", config.http.ca),
+    ]
     if config.database:
         named += [("database.password_file", config.database.password_file), ("database.ca", config.database.ca)]
     if config.redis:

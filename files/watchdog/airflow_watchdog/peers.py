@@ -5,7 +5,7 @@ import logging
 import socket
 import ssl
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from airflow_watchdog.config import Config, Peer
@@ -14,6 +14,7 @@ from airflow_watchdog.snapshot import PeerView, PostgresqlState, Snapshot
 AT_ONCE = 16
 # So many nodes are asked per second at most, lest hundreds of them cost a core.
 PER_SECOND = 50
+TOO_LATE = "no answer in time"
 _MAX_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ class _Link:
         again = self._connection is not None
         try:
             return self._ask()
-        except PeerError:
+        except PeerError as error:
             # It may have ended the connection meanwhile, which says nothing.
-            if not again:
+            if not again or str(error) == TOO_LATE:
                 raise
             return self._ask()
 
@@ -64,7 +65,7 @@ class _Link:
             snapshot = Snapshot.model_validate_json(body)
         except TimeoutError:
             self.close()
-            raise PeerError("no answer in time") from None
+            raise PeerError(TOO_LATE) from None
         except OSError as error:
             self.close()
             raise PeerError(getattr(error, "verify_message", "") or error.strerror or type(error).__name__) from None
@@ -128,11 +129,7 @@ class Peers:
 
     def wait(self, seconds: float) -> None:
         """Wait so long at most for those that are being asked."""
-        end = time.monotonic() + seconds
-        for future in list(self._asked.values()):
-            if (left := end - time.monotonic()) <= 0:
-                break
-            future.exception(left) if future.done() else _settle(future, left)
+        wait(list(self._asked.values()), timeout=seconds)
 
     def _ask(self, name: str) -> Snapshot:
         return self._links[name].ask()
@@ -177,10 +174,3 @@ class Peers:
     def close(self) -> None:
         """Ask no more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _settle(future: "Future[Snapshot]", seconds: float) -> None:
-    try:
-        future.exception(seconds)
-    except TimeoutError:
-        return

@@ -1,7 +1,8 @@
 """The permit: a file by which the holder of the lease says until when its scheduler may be started.
 
-The scheduler's unit asks for it before each start (ExecCondition), so neither a person nor systemd's Restart= starts one
-that has no lease. It lies in the watchdog's runtime directory and goes with it. Imports little: it is in the way of a start.
+The scheduler's unit asks for it before each start (ExecCondition), so neither a person nor systemd's Restart= starts
+one that has no lease. It lies in the watchdog's runtime directory and goes with it. Starts wait for
+this: it imports little.
 """
 
 import json

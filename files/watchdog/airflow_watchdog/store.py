@@ -1,7 +1,7 @@
 """The database of the watchdogs: the lease, heartbeats and events, in PostgreSQL itself rather than behind a proxy.
 
-Every call ends within a given time, whatever the servers or the network do. One connection for the lease and one for the
-heartbeats, one statement per loop on each; the number of nodes changes neither.
+Every call ends within a given time, whatever the servers or the network do. One connection for the lease and one for
+the heartbeats, one statement per loop on each; the number of nodes changes neither.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from airflow_watchdog import lease
 from airflow_watchdog.config import Config, ConfigError, read_secret
 from airflow_watchdog.events import Event, Severity
 from airflow_watchdog.permit import clock
-from airflow_watchdog.snapshot import State
 
 T = TypeVar("T")
 Record = tuple[Any, ...]
@@ -102,8 +101,8 @@ def _change(assignments: LiteralString, condition: LiteralString, also: LiteralS
     """
 
 
-# An end further away than any lease is long: the clock of the database's machine was set back. Then, too, what counts is
-# what lease.py has seen; here the database's clock can only say no for a while.
+# An end further away than any lease is long: the clock of the database's machine was set back. Then, too, what counts
+# is what lease.py has seen; here the database's clock can only say no for a while.
 _ACQUIRE: LiteralString = _change(
     f"""
     holder = %(node)s, epoch = greatest(epoch + 1, {_TIMELINE} << 32), ttl_s = %(ttl)s, acquired_at = clock_timestamp(),
@@ -158,7 +157,8 @@ _BEAT: LiteralString = """
              AS e (age, kind, node, component, severity, message)
         UNION ALL
         SELECT now(), 'component', node, component,
-            CASE WHEN state IN ('failed', 'unhealthy', 'unknown', 'absent') THEN 'warning' ELSE 'info' END,
+            CASE WHEN state IN ('failed', 'unhealthy', 'unknown', 'absent', 'down', 'stale')
+                 THEN 'warning' ELSE 'info' END,
             node || ': ' || component || ' is ' || state || ', was ' || was
             || CASE WHEN detail <> '' THEN ': ' || detail ELSE '' END
         FROM written WHERE changed
@@ -175,7 +175,7 @@ class StoreError(Exception):
     """The database cannot be used now; str() is one line without any secret."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What was asked for cannot be done; str() says why."""
 
 
@@ -428,7 +428,7 @@ class Beat:
     node: str
     rack: str
     component: str
-    state: State
+    state: str
     detail: str = ""
     age_s: float = 0.0
 
@@ -445,7 +445,7 @@ class Heartbeats:
     def write(self, beats: Iterable[Beat], events: Sequence[Event], known: Sequence[str]) -> list[Event]:
         """Write all in one statement. Return the changes of state that this write was the first to bring.
 
-        `known`: all nodes there are; others are forgotten. The wall clock's difference dates the events. Raises StoreError.
+        `known`: all nodes there are; others are forgotten. Raises StoreError.
         """
         beats = list(beats)
         now = time.time()
@@ -455,7 +455,7 @@ class Heartbeats:
                 "nodes": [beat.node for beat in beats],
                 "racks": [beat.rack for beat in beats],
                 "components": [beat.component for beat in beats],
-                "states": [beat.state.value for beat in beats],
+                "states": [str(beat.state) for beat in beats],
                 "details": [beat.detail[:500].replace("\0", "") for beat in beats],
                 "ages": [beat.age_s for beat in beats],
                 "silent": self._silent_s,
@@ -470,7 +470,7 @@ class Heartbeats:
         )
         return [Event(kind, node, text, component, severity, now) for kind, node, component, severity, text in rows]
 
-    def sweep(self) -> None:
+    def sweep_when_due(self) -> None:
         """Forget old events, once an hour. Raises StoreError."""
         if time.monotonic() - self._swept_at < 3600:
             return
@@ -518,7 +518,7 @@ class Control:
         return bool(rows)
 
     def switchover(self, target: str | None, by: str) -> None:
-        """Ask the holder to hand over to `target`, or to whoever is quickest. Raises Refused, StoreError."""
+        """Ask the holder to hand over to `target`, or to whoever is quickest. Raises RefusedError, StoreError."""
         (holder, paused, seen), *_ = self._link.fetch(
             """SELECT holder, paused_until > clock_timestamp(), %(target)s::text IS NULL OR EXISTS (
                    SELECT FROM heartbeat WHERE node = %(target)s AND component = 'watchdog'
@@ -527,13 +527,13 @@ class Control:
             {"target": target, "silent": self._silent_s},
         )
         if paused:
-            raise Refused("the watchdogs are paused")
+            raise RefusedError("the watchdogs are paused")
         if holder is None:
-            raise Refused("nobody is in charge of the scheduler now")
+            raise RefusedError("nobody is in charge of the scheduler now")
         if holder == target:
-            raise Refused(f"{target} is in charge already")
+            raise RefusedError(f"{target} is in charge already")
         if not seen:
-            raise Refused(f"nothing was heard of the watchdog of {target} lately")
+            raise RefusedError(f"nothing was heard of the watchdog of {target} lately")
         self._link.fetch(
             """UPDATE lease SET wanted = %(target)s, wanted_until = clock_timestamp() + make_interval(secs => %(s)s)
                WHERE name = 'scheduler'""",

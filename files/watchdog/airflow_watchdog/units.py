@@ -18,6 +18,8 @@ Verb = Literal["start", "stop", "kill", "reset-failed"]
 _BUS = "org.freedesktop.systemd1"
 _MANAGER = DBusAddress("/org/freedesktop/systemd1", bus_name=_BUS, interface=f"{_BUS}.Manager")
 _SIGKILL = 9
+# Between two looks while something is under way.
+HURRY_S = 0.2
 log = logging.getLogger(__name__)
 
 
@@ -40,8 +42,8 @@ class Systemd:
 
     def __init__(self, timeout_s: float = 1.0, bus: str = "SYSTEM") -> None:
         """`timeout_s` bounds each call; `bus` is jeepney's name or the address of a bus."""
-        self._timeout_s = timeout_s
-        self._bus = bus
+        self.timeout_s = timeout_s
+        self.bus = bus
         self._lock = threading.Lock()
         self._connection: DBusConnection | None = None
 
@@ -79,8 +81,8 @@ class Systemd:
         with self._lock:
             try:
                 if self._connection is None:
-                    self._connection = open_dbus_connection(self._bus, auth_timeout=self._timeout_s)
-                reply = self._connection.send_and_get_reply(message, timeout=self._timeout_s)
+                    self._connection = open_dbus_connection(self.bus, auth_timeout=self.timeout_s)
+                reply = self._connection.send_and_get_reply(message, timeout=self.timeout_s)
             except Exception as error:
                 # Of many kinds: of sockets, of jeepney, of its parser. After any the stream may be out of step.
                 self._drop()
@@ -118,27 +120,26 @@ class Observer:
             self._wake.notify()
 
     def stop(self) -> None:
-        """End the thread after its present look."""
+        """Let a look that waits return."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
 
-    def run(self) -> None:
-        """Look and carry out until stopped; never raises."""
-        while not self._stopped:
-            begin = time.monotonic()
-            with self._wake:
-                orders, self._orders = self._orders, []
-                at = clock()
-            for verb in orders:
-                self._carry_out(verb)
-            if orders:
-                at = clock()
-            self._look(at)
-            period = 0.2 if self.hurry else self._interval_s
-            with self._wake:
-                if not self._orders and not self._stopped:
-                    self._wake.wait(max(0.05, period - (time.monotonic() - begin)))
+    def look_once(self) -> None:
+        """Carry out what was ordered, look, and wait until the next look is due or something is ordered."""
+        begin = time.monotonic()
+        with self._wake:
+            orders, self._orders = self._orders, []
+            at = clock()
+        for verb in orders:
+            self._carry_out(verb)
+        if orders:
+            at = clock()
+        self._look(at)
+        period = HURRY_S if self.hurry else self._interval_s
+        with self._wake:
+            if not self._orders and not self._stopped:
+                self._wake.wait(max(0.02, period - (time.monotonic() - begin)))
 
     def _carry_out(self, verb: Verb) -> None:
         try:

@@ -1,7 +1,7 @@
 """A world of watchdogs: nodes with clocks that run at their own pace, a network that loses and delays, one database.
 
-Everything the real ones have around them is here in its worst form; only the state machine under test is the real one. Time is
-the world's; a run of a minute takes some milliseconds. The invariant is checked whenever a scheduler starts.
+Everything the real ones have around them is here in its worst form; only the state machine under test is the real one.
+Time is the world's; a run of a minute takes some milliseconds. The invariant is checked whenever a scheduler starts.
 """
 
 import heapq
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
-from airflow_watchdog import lease as L
+from airflow_watchdog import lease
 
-TIMES = L.Times()
+TIMES = lease.Times()
 TIMEOUT = 2.0
 RESTART_S = 1.0
 
 
-class Overlap(AssertionError):
+class OverlapError(AssertionError):
     """Two schedulers ran at once."""
 
 
@@ -50,20 +50,20 @@ class Database:
     def now(self) -> float:
         return self.world.now + self.clock_offset
 
-    def execute(self, node: str, command: L.Command) -> tuple[L.Row, bool]:
+    def execute(self, node: str, command: lease.Command) -> tuple[lease.Row, bool]:
         row, now, done = self.row, self.now(), False
         paused = row.paused_until is not None and now < row.paused_until
         match command:
-            case L.Acquire(version, timeline):
+            case lease.Acquire(version, timeline):
                 free = row.holder in (None, node) or row.expires <= now or row.expires > now + max(row.ttl, TIMES.ttl)
                 if row.version == version and self.timeline == timeline and free and not paused:
                     row.holder, row.epoch, done = node, max(row.epoch + 1, self.timeline << 32), True
                     row.expires, row.ttl = now + TIMES.ttl, TIMES.ttl
                     row.wanted = row.reserved_for = None
-            case L.Renew(epoch):
+            case lease.Renew(epoch):
                 if (row.holder, row.epoch) == (node, epoch):
                     row.expires, row.ttl, done = now + TIMES.ttl, TIMES.ttl, True
-            case L.Release(epoch, reserved_for):
+            case lease.Release(epoch, reserved_for):
                 if (row.holder, row.epoch) == (node, epoch):
                     row.holder, row.expires, row.reserved_for, row.wanted, done = None, now, reserved_for, None, True
         if done:
@@ -75,11 +75,11 @@ class Database:
     def save(self) -> None:
         self.versions.append(replace(self.row))
 
-    def view(self) -> L.Row:
+    def view(self) -> lease.Row:
         row, now = self.row, self.now()
         left = None if row.paused_until is None or row.paused_until <= now else row.paused_until - now
         wanted = row.wanted if row.wanted and row.wanted_until > now else None
-        return L.Row(
+        return lease.Row(
             row.holder, row.epoch, row.version, row.timeline, self.timeline, row.ttl, row.reserved_for, wanted, left
         )
 
@@ -97,7 +97,7 @@ class Node:
     def __init__(self, world: "World", name: str, rate: float) -> None:
         self.world, self.name, self.rate = world, name, rate
         self.offset = world.random.uniform(0, 1e6)
-        self.machine: L.Machine | None = None
+        self.machine: lease.Machine | None = None
         self.life = 0  # of the watchdog
         self.power = 0  # of the machine
         self.on = True
@@ -112,7 +112,7 @@ class Node:
         self.reach = True
         self.stubborn = False
         self.load = "loaded"
-        self.unit = L.Unit(at=self.clock(), active="unknown")
+        self.unit = lease.Unit(at=self.clock(), active="unknown")
         self.killer = 0
         self.boot()
 
@@ -183,9 +183,9 @@ class Node:
         """Start the watchdog, as systemd does."""
         self.life += 1
         self.stalled = False
-        self.unit = L.Unit(at=self.clock(), active="unknown")
-        self.machine = L.Machine(self.name, TIMES, self.clock())
-        self.answers: list[L.Answer] = []
+        self.unit = lease.Unit(at=self.clock(), active="unknown")
+        self.machine = lease.Machine(self.name, TIMES, self.clock())
+        self.answers: list[lease.Answer] = []
         self.feed(10.0)
         self.loop(self.life)
 
@@ -219,38 +219,43 @@ class Node:
 
     def observe(self) -> None:
         if self.dbus:
-            self.unit = L.Unit(self.clock(), self.load, self.active, self.sub, str(self.invocation))
+            self.unit = lease.Unit(self.clock(), self.load, self.active, self.sub, str(self.invocation))
 
     def step(self) -> None:
         assert self.machine is not None
         self.observe()
         now = self.clock()
-        ok = self.active == "active" and self.world.now >= self.well_from and bool(self.health) and self.world.database.up
+        ok = (
+            self.active == "active"
+            and self.world.now >= self.well_from
+            and bool(self.health)
+            and self.world.database.up
+        )
         for answer in [*self.answers, None] if not self.answers else [*self.answers]:
-            for action in self.machine.step(now, self.unit, L.Health(now, ok), answer):
+            for action in self.machine.step(now, self.unit, lease.Health(now, ok), answer):
                 self.act(action)
                 if self.machine is None:
                     return
         self.answers.clear()
         self.feed(self.machine.patience(now, 10.0))
 
-    def act(self, action: L.Action) -> None:
+    def act(self, action: lease.Action) -> None:
         match action:
-            case L.Ask(command):
+            case lease.Ask(command):
                 self.send(command)
-            case L.Control(verb):
+            case lease.Control(verb):
                 if self.dbus and self.world.random.random() > self.world.noise / 4:
                     {"start": self.start, "stop": self.stop, "kill": self.kill, "reset-failed": lambda: None}[verb]()
-            case L.Permit(_, until):
+            case lease.Permit(_, until):
                 self.permit = until
-            case L.Revoke():
+            case lease.Revoke():
                 self.permit = None
-            case L.Die():
+            case lease.Die():
                 self.watchdog_dies()
-            case L.Tell(kind):
+            case lease.Tell(kind):
                 self.world.told[kind] = self.world.told.get(kind, 0) + 1
 
-    def send(self, command: L.Command) -> None:
+    def send(self, command: lease.Command) -> None:
         """A statement may be late, be lost on its way, or be carried out without its answer coming back."""
         random, world, life = self.world.random, self.world, self.life
         sent = self.clock()
@@ -260,9 +265,9 @@ class Node:
             if open_[0]:
                 answer(None, False, "timeout")
 
-        def answer(row: L.Row | None, done: bool, error: str = "") -> None:
+        def answer(row: lease.Row | None, done: bool, error: str = "") -> None:
             if open_[0] and life == self.life:
-                self.answers.append(L.Answer(command, sent, self.clock(), row, done, error))
+                self.answers.append(lease.Answer(command, sent, self.clock(), row, done, error))
                 world.later(0.0, lambda: self.loop_once(life))
             open_[0] = False
 
@@ -322,7 +327,7 @@ class World:
     def check(self, started: Node) -> None:
         self.starts += 1
         if len(self.running()) > 1:
-            raise Overlap(f"{self.now:.3f} s: {started.name} started, running are {self.running()}")
+            raise OverlapError(f"{self.now:.3f} s: {started.name} started, running are {self.running()}")
 
     def settle(self, seconds: float = 90.0) -> None:
         """End all faults, wait, and show that exactly one scheduler runs."""
