@@ -174,12 +174,12 @@ def open_control(config: Config) -> "Control":
 
 
 def _with_control(config: Config, do: "Callable[[Control], T]") -> T:
-    from airflow_watchdog.store import Refused, StoreError
+    from airflow_watchdog.store import RefusedError, StoreError
 
     control = open_control(config)
     try:
         return do(control)
-    except Refused as error:
+    except RefusedError as error:
         raise CommandError(f"refused: {error}") from None
     except StoreError as error:
         raise CommandError(f"the watchdogs' database: {error}") from None

@@ -412,10 +412,17 @@ class Daemon:
         if charge and scheduler:
             components = tuple(scheduler if c.name == "scheduler" else c for c in components)
         snapshot = Snapshot(
-            node=self.config.node.name, rack=self.config.node.rack, version=__version__,
-            uptime_s=round(time.monotonic() - self._begin, 3), components=components, lease=lease_view, scheduler=scheduler,
-            postgresql=self._postgresql, redis=self._redis, peers=self._peers.views(),
-        )  # fmt: skip
+            node=self.config.node.name,
+            rack=self.config.node.rack,
+            version=__version__,
+            uptime_s=round(time.monotonic() - self._begin, 3),
+            components=components,
+            lease=lease_view,
+            scheduler=scheduler,
+            postgresql=self._postgresql,
+            redis=self._redis,
+            peers=self._peers.views(),
+        )
         return snapshot.model_copy(update={"healthy": is_healthy(snapshot)})
 
     # --- heartbeats ---

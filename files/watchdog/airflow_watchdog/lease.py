@@ -470,6 +470,7 @@ class Machine:
         """The lease is somebody else's, or may be: no time for politeness."""
         yield Tell("lease_lost", f"{self.node} has lost the lease: {why}", "critical")
         yield from self._revoke()
+        self._ordered["kill"] = now
         yield Control("kill")
         yield from self._stop(now)
         self._drop(now)

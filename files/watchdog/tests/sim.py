@@ -278,7 +278,8 @@ class Node:
                 return
             row, done = world.database.execute(self.name, command)
             if random.random() >= world.noise:
-                delay = random.expovariate(1 / (0.005 + world.noise))
+                slow = random.random() < world.noise
+                delay = random.uniform(0, TIMEOUT) if slow else random.expovariate(200)
                 world.later(delay, lambda: answer(row, done) if self.reach else None)
 
         world.later(TIMEOUT, fail)
@@ -349,22 +350,21 @@ class World:
         random, node, database = self.random, self.random.choice(self.nodes), self.database
         lasts = random.choice((0.5, 3.0, 9.0, 18.0))
 
-        def flag(name: str, value: object) -> None:
-            before = getattr(node, name)
+        def flag(name: str, value: object, usual: object) -> None:
             setattr(node, name, value)
-            self.later(lasts, lambda: setattr(node, name, before))
+            self.later(lasts, lambda: setattr(node, name, usual))
 
         match random.randrange(16):
             case 0:
-                flag("reach", False)
+                flag("reach", False, True)
             case 1:
-                flag("stalled", True)
+                flag("stalled", True, False)
             case 2:
-                flag("dbus", False)
+                flag("dbus", False, True)
             case 3:
-                flag("stubborn", True)
+                flag("stubborn", True, False)
             case 4:
-                flag("health", False)
+                flag("health", False, True)
             case 5:
                 node.watchdog_dies()
             case 6:
@@ -395,7 +395,7 @@ class World:
                     node.machine.stopping = True
                     self.later(12.0, lambda life=node.life: node.watchdog_dies() if life == node.life else None)  # type: ignore[misc]
             case 15:
-                flag("load", "masked")
+                flag("load", "masked", "loaded")
 
 
 def history(seed: int) -> World:
