@@ -15,11 +15,12 @@ from airflow_watchdog.cli import main, parse_duration
 from airflow_watchdog.config import Http
 from airflow_watchdog.events import Event
 from airflow_watchdog.snapshot import ComponentState, LeaseView, PeerView, Snapshot, State
-from airflow_watchdog.store import Refused, StoreError
+from airflow_watchdog.store import RefusedError, StoreError
 from airflow_watchdog.web import HttpsServer, json_response
 from servers import Authority, free_port
 
 Output = pytest.CaptureFixture[str]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
 
 
 class Watchdog:
@@ -286,7 +287,7 @@ def test_a_switchover_that_cannot_be_is_refused(cluster: Cluster, capsys: Output
     for target, why in (("airflow9", "airflow9: no such node"), ("localhost", "in charge of the scheduler already")):
         assert cluster.run("switchover", "scheduler", "--to", target) == 1
         assert why in capsys.readouterr().err
-    cluster.problem = Refused("the watchdogs are paused")
+    cluster.problem = RefusedError("the watchdogs are paused")
     assert cluster.run("switchover", "scheduler") == 1
     assert "refused: the watchdogs are paused" in capsys.readouterr().err
     cluster.watchdogs[1].server.stop()
@@ -402,7 +403,7 @@ def test_permit_is_quick_because_it_loads_little() -> None:
         "sys.exit(bool({'pydantic', 'argparse', 'ssl', 'psycopg'} & set(sys.modules)))"
     )
     before = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=20, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=20, env=ENVIRONMENT)
     assert done.returncode == 0
     assert time.monotonic() - before < 5
 

@@ -1,8 +1,11 @@
 """What /metrics says, read back by the client library's own parser."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+from airflow_watchdog import metrics
 from airflow_watchdog.metrics import Metrics
 from airflow_watchdog.snapshot import (
     ComponentState,
@@ -32,8 +35,8 @@ FULL = Snapshot(
 )
 
 
-def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = metrics.render().decode()
+def samples(counted: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = counted.render().decode()
     return {
         (sample.name.removeprefix("airflow_watchdog_"), tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -42,13 +45,13 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
 
 
 def test_everything_of_a_snapshot_is_there() -> None:
-    metrics = Metrics(lambda: FULL)
-    metrics.count_event("takeover", "warning")
-    metrics.count_event("takeover", "warning")
-    metrics.count_alert("webhook", "dropped")
+    counted = Metrics(lambda: FULL)
+    counted.count_event("takeover", "warning")
+    counted.count_event("takeover", "warning")
+    counted.count_alert("webhook", "dropped")
     for seconds in (0.04, 0.2, 3.0, 99.0):
-        metrics.count_loop(seconds)
-    found = samples(metrics)
+        counted.count_loop(seconds)
+    found = samples(counted)
     for name, labels, value in (
         ("healthy", {}, 1),
         ("info", {"node": "airflow1", "rack": "a", "version": "1"}, 1),
@@ -88,12 +91,12 @@ def test_everything_of_a_snapshot_is_there() -> None:
 
 
 def test_a_node_says_nothing_of_what_it_has_not() -> None:
-    metrics = Metrics(lambda: Snapshot(node="worker1"))
-    names = {name for name, _ in samples(metrics)}
+    counted = Metrics(lambda: Snapshot(node="worker1"))
+    names = {name for name, _ in samples(counted)}
     assert {"healthy", "loop_seconds_count"} <= names
     assert not [name for name in names if name.startswith(("postgresql", "redis", "lease", "database"))]
     # The registry is made once.
-    assert names == {name for name, _ in samples(metrics)}
+    assert names == {name for name, _ in samples(counted)}
 
 
 def test_whoever_is_not_scraped_does_not_load_the_library() -> None:
@@ -101,4 +104,5 @@ def test_whoever_is_not_scraped_does_not_load_the_library() -> None:
         "import sys, airflow_watchdog.metrics, airflow_watchdog.alerts, airflow_watchdog.agent as a; "
         "sys.exit(bool({'prometheus_client', 'smtplib', 'psycopg', 'urllib.request'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", program], timeout=20).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(Path(metrics.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, env=environment).returncode == 0
