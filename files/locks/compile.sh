@@ -31,3 +31,5 @@ done
 # One set of versions for every Python (`fewest`): two developers never deploy with two Ansibles.
 compile controller.in --output-file controller.txt --exclude-newer "$controller_date" \
     --universal --python-version 3.11 --fork-strategy fewest
+compile watchdog-dev.in --output-file watchdog-dev.txt --exclude-newer "$controller_date" \
+    --universal --python-version 3.11 --fork-strategy fewest

@@ -143,7 +143,7 @@ _BEAT: LiteralString = """
     ), silent AS (
         UPDATE heartbeat SET was = state, state = 'unknown', since = seen_at, detail = 'no answer'
         WHERE seen_at < now() - make_interval(secs => %(silent)s) AND state <> 'unknown'
-        AND node <> ALL (%(nodes)s::text[])
+        AND node <> ALL (%(nodes)s::text[]) AND node = ANY (%(known)s::text[])
         RETURNING node, component, state, was, detail
     ), gone AS (
         DELETE FROM heartbeat AS h WHERE seen_at < now() - interval '10 minutes'
