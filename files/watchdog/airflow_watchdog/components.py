@@ -113,7 +113,9 @@ class Components:
         self._problems: dict[str, str | None] = {}
         self._since: dict[str, tuple[State, float]] = {}
         self._lock = threading.Lock()
-        self._states: tuple[ComponentState, ...] = ()
+        self._states = tuple(
+            ComponentState(name=c.name, state=State.UNKNOWN, detail="not looked yet") for c in self._components
+        )
 
     def states(self) -> tuple[ComponentState, ...]:
         """Return the states of the last look."""

@@ -84,11 +84,12 @@ class FakeSystemd:
             rows = []
             for name in message.body[0]:
                 load, active, sub, _ = self.units.get(name, ["not-found", "inactive", "dead", ""])
-                rows.append((name, name, load, active, sub, "", f"/unit/{name.replace('.', '_2e')}", 0, "", "/"))
+                path = "/unit/" + name.replace(".", "_2e").replace("-", "_2d")
+                rows.append((name, name, load, active, sub, "", path, 0, "", "/"))
             reply = new_method_return(message, "a(ssssssouso)", (rows,))
         elif method == "Get":
             path = str(message.header.fields[1])
-            name = path.removeprefix("/unit/").replace("_2e", ".")
+            name = path.removeprefix("/unit/").replace("_2e", ".").replace("_2d", "-")
             reply = new_method_return(message, "v", (("ay", bytes.fromhex(self.units[name][3])),))
         elif self.refuse:
             reply = new_error(message, "org.freedesktop.DBus.Error.AccessDenied", "s", ("Permission denied",))

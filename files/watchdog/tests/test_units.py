@@ -24,7 +24,7 @@ def systemd(tmp_path: Path) -> Iterator[FakeSystemd]:
 def test_states_and_orders(systemd: FakeSystemd) -> None:
     own = Systemd(1.0, systemd.address)
     states = own.states([UNIT, "none.service"])
-    assert states[UNIT] == UnitState("loaded", "active", "running", "/unit/airflow-scheduler_2eservice")
+    assert states[UNIT] == UnitState("loaded", "active", "running", "/unit/airflow_2dscheduler_2eservice")
     assert states["none.service"].load == "not-found"
     assert own.invocation(states[UNIT].path) == "ab" * 16
     own.control(UNIT, "kill")
@@ -101,7 +101,6 @@ def test_an_order_ends_the_wait_for_the_next_look(systemd: FakeSystemd) -> None:
     observer.order("stop")
     thread.join(5)
     assert not thread.is_alive()
-    observer.look_once_thread = thread  # type: ignore[attr-defined]
     observer.stop()
     observer.look_once()
     assert systemd.calls == [("StopUnit", UNIT)]
