@@ -47,6 +47,8 @@ STUCK_S = 60.0
 # What the database does not take in time is not worth the memory.
 EVENTS_KEPT = 1000
 DIED = 70
+# The name under which systemd keeps the listening socket over a restart.
+HTTPS = "https"
 log = logging.getLogger("airflow_watchdog")
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
@@ -298,7 +300,9 @@ class Daemon:
                 config.postgresql.max_lag_bytes if config.postgresql else None,
                 self.metrics.render,
             ),
+            listener=self._notifier.inherited(HTTPS),
         )
+        self._notifier.keep(HTTPS, self._https.socket)
 
     # --- the main thread ---
 

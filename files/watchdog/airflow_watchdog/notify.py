@@ -1,7 +1,11 @@
 """systemd's notification protocol, sd_notify(3): a datagram to the socket that the environment names."""
 
+import array
 import os
 import socket
+
+# The first descriptor that systemd hands over, sd_listen_fds(3).
+_FIRST = 3
 
 
 class Notifier:
@@ -18,11 +22,26 @@ class Notifier:
         self.usual_s = int(usec) / 1e6 if usec.isascii() and usec.isdigit() and int(usec) else None
         self._patience_s = self.usual_s
 
-    def send(self, text: str) -> None:
+        self._own = environment.get("LISTEN_PID", "") == str(os.getpid())
+        self._names = environment.get("LISTEN_FDNAMES", "").split(":")
+
+    def inherited(self, name: str) -> socket.socket | None:
+        """Return the socket that a former life of this service has left with systemd under this name. Call it once."""
+        if not self._own or name not in self._names:
+            return None
+        return socket.socket(fileno=_FIRST + self._names.index(name))
+
+    def keep(self, name: str, kept: socket.socket) -> None:
+        """Leave a socket with systemd, so that whoever connects during a restart waits for the end of it."""
+        self.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        rights = array.array("i", [kept.fileno()])
+        self.send(f"FDSTORE=1\nFDNAME={name}", [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+    def send(self, text: str, extra: "list[tuple[int, int, array.array[int]]] | None" = None) -> None:
         """Send an assignment or more, one per line."""
         if self._socket is not None:
             try:
-                self._socket.sendto(text.encode(), self._address)
+                self._socket.sendmsg([text.encode()], extra or [], 0, self._address)
             except OSError:
                 # systemd is being restarted; the next will do.
                 return

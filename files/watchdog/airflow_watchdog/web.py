@@ -74,14 +74,28 @@ class HttpsServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, settings: Http, routes: Mapping[str, Route], max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(
+        self,
+        settings: Http,
+        routes: Mapping[str, Route],
+        max_connections: int = MAX_CONNECTIONS,
+        listener: socket.socket | None = None,
+    ) -> None:
+        """`listener`: a socket that listens already, of a former life; only used at the configured address."""
         self._settings, self.routes, self._limit = settings, routes, max_connections
         self._lock = threading.Lock()
         self._connections: dict[int, _Connection] = {}
         self._stamp, self._looked_at = self._certificate_stamp(), time.monotonic()
         self._context = self._load()
         self.address_family = socket.AF_INET6 if ":" in settings.address else socket.AF_INET
-        super().__init__((settings.address, settings.port), _Handler)
+        address = settings.address, settings.port
+        if listener is not None and listener.getsockname()[:2] != address:
+            listener.close()
+            listener = None
+        super().__init__(address, _Handler, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket, self.server_address = listener, listener.getsockname()
 
     def start(self, look_s: float = 0.5) -> threading.Thread:
         """Serve in a thread of its own until `stop`; look for slow clients and new certificates every `look_s`."""

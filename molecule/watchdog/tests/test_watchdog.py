@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -341,14 +342,16 @@ def test_answers_come_beside_stuck_clients_and_without_postgresql(machine: Machi
 
 def test_a_restart_of_the_watchdog_is_no_outage_for_load_balancers(machine: Machine) -> None:
     primary, _ = roles()
-    slowest = 0.0
     machine(primary).check_output("systemd-run systemctl restart airflow-watchdog")
+    answers: list[int] = []
     for _ in range(30):
-        before = time.monotonic()
-        assert ask(primary, "/primary")[0] == 200
-        slowest = max(slowest, time.monotonic() - before)
+        try:
+            answers.append(ask(primary, "/primary")[0])
+        except (OSError, http.client.HTTPException):
+            answers.append(0)
         time.sleep(0.1)
-    assert slowest < 4
+    # One that was being answered may be cut off; HAProxy needs two in a row.
+    assert answers.count(200) >= len(answers) - 1, answers
 
 
 def test_a_run_with_another_setting_moves_the_scheduler_on_purpose(machine: Machine) -> None:
@@ -356,6 +359,7 @@ def test_a_run_with_another_setting_moves_the_scheduler_on_purpose(machine: Mach
     command = [
         "ansible-playbook", f"--inventory={PROJECT}/molecule/shared/inventory/hosts.yml",
         f"--inventory={SCENARIO}/inventory.yml", str(SCENARIO / "converge.yml"), "-ewatchdog_ttl=11",
+        "--tags=watchdog",
     ]  # fmt: skip
     environment = os.environ | {
         "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
@@ -364,7 +368,7 @@ def test_a_run_with_another_setting_moves_the_scheduler_on_purpose(machine: Mach
     run = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert settled(machine) == other(holder)
-    assert "ttl_s = 11" in machine("watchdog3").file("/etc/airflow-watchdog/config.toml").content_string
+    assert "ttl_s = 11.0" in machine("watchdog3").file("/etc/airflow-watchdog/config.toml").content_string
 
 
 # Last: it leaves a standby that has to be made anew.
@@ -375,5 +379,9 @@ def test_a_stale_primary_is_fenced_and_the_lease_goes_on_with_the_new_one(machin
     until("no answer for the old primary", lambda: ask(old, "/primary")[0] == 503, 10)
     until("its end", lambda: not machine(old).service(POSTGRESQL).is_running, 15)
     assert ask(new, "/primary")[0] == 200
-    settled(machine)
-    until("a higher epoch", lambda: int(sql(machine(new), "select epoch from lease", "watchdog")) > epoch)
+    holder = settled(machine)
+    until(
+        "a renewal by the new primary", lambda: machine(holder).run("airflow-watchdog switchover scheduler").rc == 0, 40
+    )
+    # Past anything that the old primary, which lived on for a while, can have given out.
+    assert int(sql(machine(new), "select epoch >> 32 from lease", "watchdog")) == 2 > epoch >> 32
