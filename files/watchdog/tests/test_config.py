@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from airflow_watchdog import cli
 from airflow_watchdog.config import Config, ConfigError, check_files, load, read_secret
+from pydantic import BaseModel
 
 EXAMPLE = Path(__file__).parents[1] / "example.toml"
 LEAST = """
@@ -33,16 +34,14 @@ def test_the_example_holds_every_key_of_every_section() -> None:
     def compare(section: Any, found: dict[str, Any], where: str) -> None:
         for key in type(section).model_fields:
             value = getattr(section, key)
-            if isinstance(value, tuple) and value and hasattr(value[0], "model_fields"):
+            if isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
                 for field in type(value[0]).model_fields:
                     assert any(field in entry for entry in found[key]), f"{where}{key}.{field}"
                 continue
             assert key in found, f"{where}{key}"
-            if hasattr(value, "model_fields"):
+            if isinstance(value, BaseModel):
                 compare(value, found[key], f"{where}{key}.")
 
-    missing = {"database.socket"}
-    assert not missing & set(content)
     compare(config, content, "")
 
 
