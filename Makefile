@@ -11,14 +11,15 @@ export RUFF_CACHE_DIR := $(CURDIR)/.cache/ruff
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 VENV := .venv/.complete
+WATCHDOG_VENV := .venv-watchdog/.complete
 LAB := playbooks/lab
 SECRETS := inventories/$(ENV)/group_vars/all/secrets.yml
 # The long ones first: two run side by side, and the short ones fill what is left.
-LONG := airflow spark single failover backup haproxy postgresql
+LONG := airflow spark single watchdog backup failover haproxy postgresql
 SCENARIOS := $(LONG) $(filter-out default $(LONG),$(notdir $(patsubst %/,%,$(dir $(wildcard molecule/*/molecule.yml)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help lab deploy destroy test check lint unit molecule secrets locks wheelhouse docs host faults bench-failover
+.PHONY: help lab deploy destroy test check lint unit watchdog molecule secrets locks wheelhouse docs host faults bench-failover
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,18 +36,23 @@ destroy: $(VENV) ## Remove all labs of this checkout
 test: check molecule ## Everything: check, then every molecule scenario
 	@printf '\nmake test: all passed. Skipped: nothing.\n'
 
-check: $(VENV) ## What needs no machines: lint and unit tests
+check: host $(VENV) $(WATCHDOG_VENV) ## What needs no machines: lint, unit tests and the watchdog's
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
+	@$(MAKE) --no-print-directory watchdog
 
-lint: $(VENV) ## ansible-lint (production), yamllint, ruff, mypy
+lint: $(VENV) $(WATCHDOG_VENV) ## ansible-lint (production), yamllint, ruff, mypy
 	yamllint --strict .
 	ansible-lint --strict
 	ruff check .
 	ruff format --check .
 	mypy
+	cd files/watchdog && $(CURDIR)/.venv-watchdog/bin/mypy
 
 unit: $(VENV) ## Unit tests
 	pytest tests/unit
+
+watchdog: host $(WATCHDOG_VENV) ## Tests of the watchdog: 10,000 simulated histories; its parts on a real PostgreSQL and Redis
+	@files/watchdog/tests/run.sh .venv-watchdog/bin/python
 
 molecule: host $(VENV) inventories/lab/group_vars/all/secrets.yml ## The whole cluster, then one scenario per role
 	@$(LAB)/molecule.sh default $(SCENARIOS)
@@ -66,6 +72,7 @@ locks: $(VENV) ## Resolve files/locks/*.in anew, with hashes
 wheelhouse: $(VENV) ## Fetch and build the wheels of Debian 13's Python ahead of a deployment
 	python files/locks/wheelhouse.py --name airflow --python 3.13
 	python files/locks/wheelhouse.py --name spark --python 3.13
+	python files/locks/wheelhouse.py --name watchdog --python 3.13 --source files/watchdog
 
 docs: $(VENV) ## Generate docs/variables.md from the roles' argument_specs
 	python docs/generate.py
@@ -79,6 +86,11 @@ $(VENV): files/locks/controller.txt
 	awk '/^uv==/ { found = 1 } found { print; if (!/\\$$/) exit }' $< > .venv/uv.txt
 	.venv/bin/pip install --quiet --require-hashes --requirement .venv/uv.txt
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes --requirement $<
+	@touch $@
+
+$(WATCHDOG_VENV): files/locks/watchdog-dev.txt $(VENV)
+	uv venv --quiet --clear --python $(PYTHON) .venv-watchdog
+	uv pip install --quiet --python .venv-watchdog/bin/python --require-hashes --requirement $<
 	@touch $@
 
 inventories/%/group_vars/all/secrets.yml: | $(VENV)

@@ -20,7 +20,7 @@ compile() {
         --custom-compile-command "make locks" "$@"
 }
 
-for name in airflow spark; do
+for name in airflow spark watchdog; do
     for python in 3.11 3.13; do
         # wheelhouse.py reads the build options: they say what has to be built from source.
         compile "$name.in" --output-file "$name-py$python.txt" --exclude-newer "$nodes_date" \
@@ -30,4 +30,6 @@ done
 
 # One set of versions for every Python (`fewest`): two developers never deploy with two Ansibles.
 compile controller.in --output-file controller.txt --exclude-newer "$controller_date" \
+    --universal --python-version 3.11 --fork-strategy fewest
+compile watchdog-dev.in --output-file watchdog-dev.txt --exclude-newer "$controller_date" \
     --universal --python-version 3.11 --fork-strategy fewest

@@ -3,7 +3,8 @@
     python files/locks/wheelhouse.py --name airflow --python 3.13
 
 prints the path of ``.cache/wheelhouse/airflow-py3.13-<hash>.tar``, where ``<hash>`` is the beginning of the lock
-file's SHA-256, and builds the archive when it is not there yet. On the node, in the unpacked archive:
+file's SHA-256, and builds the archive when it is not there yet. With ``--source FOLDER`` the project in that folder is
+packed too, and the hash is one of the lock and of the project's files. On the node, in the unpacked archive:
 
     ./uv venv --python /usr/bin/python3 TARGET
     ./uv pip sync --python TARGET --no-index --find-links wheels --require-hashes --compile-bytecode requirements.txt
@@ -26,6 +27,7 @@ import fcntl
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -114,6 +116,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def source_files(folder: Path) -> list[Path]:
+    """Return the files of a project that its wheel can depend on, in a fixed order: no tests, no caches."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    skipped = {"tests", "__pycache__", "build"}
+    return [
+        path
+        for path in found
+        if not any(part in skipped or part.startswith(".") or part.endswith(".egg-info")
+                   for part in path.relative_to(folder).parts)
+    ]  # fmt: skip
+
+
+def release_hash(lock: Path, source: Path | None = None) -> str:
+    """Return the beginning of a hash that names what is installed: a lock's, and a project's files on top of it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if source is None:
+        return sha256(lock)[:HASH_DIGITS]
+    listing = "".join(f"{sha256(path)}  {path.relative_to(source)}\n" for path in source_files(source))
+    return hashlib.sha256(f"{sha256(lock)}\n{listing}".encode()).hexdigest()[:HASH_DIGITS]
+
+
 def read_lock(path: Path) -> Lock:
     """Read a lock written by compile.sh.
 
@@ -168,9 +194,9 @@ def publish(source: Path, target: Path) -> None:
 
 
 def pip(arguments: Sequence[str], work: Path) -> None:
-    """Run the pip of this Python's environment on hash-checked requirements, without dependencies.
+    """Run the pip of this Python's environment, without dependencies.
 
-    pip finds its index where it always does (pip.conf, PIP_INDEX_URL); whatever it finds has to match the hashes.
+    pip finds its index where it always does (pip.conf, PIP_INDEX_URL); callers have whatever it finds checked by hash.
 
     Args:
         arguments: sub-command and options.
@@ -181,7 +207,7 @@ def pip(arguments: Sequence[str], work: Path) -> None:
     """
     # -I: neither the current directory nor PYTHON* variables decide which pip this is.
     command = [sys.executable, "-I", "-m", "pip", *arguments]
-    command += ["--quiet", "--no-input", "--no-cache-dir", "--no-deps", "--require-hashes", "--retries=2"]
+    command += ["--quiet", "--no-input", "--no-cache-dir", "--no-deps", "--retries=2"]
     environment = {**os.environ, "TMPDIR": str(work), "SOURCE_DATE_EPOCH": BUILD_EPOCH}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode != 0:
@@ -218,8 +244,8 @@ def fetch(
         if share:
             listing = work / f"fetch-{number}.txt"
             listing.write_text("".join(f"{requirement.line()}\n" for requirement in share), encoding="utf-8")
-            options = ["--only-binary=:all:", *target, "--dest", str(work / "fetched"), "--requirement", str(listing)]
-            pip(["download", *options], work)
+            options = ["--only-binary=:all:", "--require-hashes", *target, "--dest", str(work / "fetched")]
+            pip(["download", *options, "--requirement", str(listing)], work)
 
     with ThreadPoolExecutor(FETCHERS) as pool:
         # list() because an error shows only when its result is asked for.
@@ -258,13 +284,38 @@ def build(requirement: Requirement, cache: Path, work: Path) -> Path:
         setting = '--config-settings="--build-option=--compression=stored"'
         listing.write_text(f"{requirement.line()} {setting}\n", encoding="utf-8")
         # Without build isolation, setuptools is the locked one of the controller's environment.
-        options = ["--no-binary=:all:", "--no-build-isolation"]
+        options = ["--no-binary=:all:", "--no-build-isolation", "--require-hashes"]
         pip(["wheel", *options, "--wheel-dir", str(work / key), "--requirement", str(listing)], work)
         (wheel,) = (work / key).glob("*.whl")
         if not wheel.name.endswith("-none-any.whl"):
             raise WheelhouseError(f"{wheel.name} was built for the controller, not for the node")
         publish(wheel, store / wheel.name)
         return store / wheel.name
+
+
+def build_project(source: Path, work: Path) -> dict[Requirement, Path]:
+    """Return the wheel of a project in this repository.
+
+    Args:
+        source: the project's folder, with a pyproject.toml.
+        work: directory for temporary files.
+
+    Raises:
+        WheelhouseError: the project cannot be built, or its wheel is bound to a platform.
+        OSError: a file cannot be read or copied.
+    """
+    say(f"building {source.name}")
+    # From a copy: setuptools leaves its own files beside the sources.
+    for path in source_files(source):
+        copy = work / "project" / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    pip(["wheel", "--no-build-isolation", "--wheel-dir", str(work / "built"), str(work / "project")], work)
+    (wheel,) = (work / "built").glob("*.whl")
+    if not wheel.name.endswith("-none-any.whl"):
+        raise WheelhouseError(f"{wheel.name} was built for the controller, not for the node")
+    name, version, *_ = wheel.name.split("-")
+    return {Requirement(name, version, frozenset([sha256(wheel)])): wheel}
 
 
 def uv_binary(cache: Path, work: Path) -> bytes:
@@ -311,13 +362,14 @@ def pack(archive: Path, wheels: dict[Requirement, Path], uv: bytes) -> None:
                 tar.addfile(entry, file)
 
 
-def wheelhouse(name: str, python: str, cache: Path) -> Path:
+def wheelhouse(name: str, python: str, cache: Path, project: Path | None = None) -> Path:
     """Return the archive of a lock, building it when it does not exist.
 
     Args:
-        name: lock name: ``airflow`` or ``spark``.
+        name: lock name: ``airflow``, ``spark`` or ``watchdog``.
         python: the node's Python as ``major.minor``.
         cache: the cache directory; made when it does not exist.
+        project: folder of a project of this repository whose wheel is packed too.
 
     Raises:
         WheelhouseError: there is no such lock (exit code 2), or a wheel cannot be fetched or built (exit code 1).
@@ -326,7 +378,7 @@ def wheelhouse(name: str, python: str, cache: Path) -> Path:
     source = LOCKS / f"{name}-py{python}.txt"
     if not source.is_file():
         raise WheelhouseError(f"there is no lock {source.name} in files/locks", code=2)
-    stem = f"{name}-py{python}-{sha256(source)[:HASH_DIGITS]}"
+    stem = f"{name}-py{python}-{release_hash(source, project)}"
     archive = cache / "wheelhouse" / f"{stem}.tar"
     with locked(cache / "locks" / f"{stem}.lock"):
         # From an earlier run, or from one that this run has just waited for.
@@ -341,6 +393,8 @@ def wheelhouse(name: str, python: str, cache: Path) -> Path:
             binary = [r for r in lock.requirements if r.name not in lock.from_source]
             wheels = fetch(binary, target, cache / "wheels" / f"py{python}", work)
             wheels |= {r: build(r, cache, work) for r in lock.requirements if r.name in lock.from_source}
+            if project is not None:
+                wheels |= build_project(project, work)
             uv = uv_binary(cache, work)
             say(f"packing {len(wheels)} wheels")
             pack(work / archive.name, wheels, uv)
@@ -351,14 +405,15 @@ def wheelhouse(name: str, python: str, cache: Path) -> Path:
 def main() -> int:
     """Run the command and return its exit code: 0, 1 after a failure, 2 for a lock that does not exist."""
     parser = argparse.ArgumentParser(description="Pack a lock's wheels into one archive and print its path.")
-    parser.add_argument("--name", required=True, help="lock name: airflow or spark")
+    parser.add_argument("--name", required=True, help="lock name: airflow, spark or watchdog")
     parser.add_argument("--python", required=True, help="the node's Python as major.minor, such as 3.13")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="cache directory (default: %(default)s)")
+    parser.add_argument("--source", type=Path, help="folder of a project whose wheel is packed too")
     arguments = parser.parse_args()
     # Built wheels record the modes of their files, which must not depend on the caller.
     os.umask(0o022)
     try:
-        print(wheelhouse(arguments.name, arguments.python, arguments.cache.absolute()))
+        print(wheelhouse(arguments.name, arguments.python, arguments.cache.absolute(), arguments.source))
     except WheelhouseError as error:
         say(str(error))
         return error.code

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 LOCKS = Path(__file__).parents[2] / "files" / "locks"
-NODE_LOCKS = ["airflow-py3.11.txt", "airflow-py3.13.txt", "spark-py3.11.txt", "spark-py3.13.txt"]
+NODE_LOCKS = [f"{name}-py{python}.txt" for name in ("airflow", "spark", "watchdog") for python in ("3.11", "3.13")]
 ALL_LOCKS = [*NODE_LOCKS, "controller.txt"]
 
 
@@ -123,18 +123,18 @@ class Lab:
     index: Path
     cache: Path
 
-    def start(self, name: str = "demo", python: str = "3.13") -> subprocess.Popen[str]:
+    def start(self, name: str = "demo", python: str = "3.13", *options: str) -> subprocess.Popen[str]:
         """Start the command; no index but the folder is within its reach."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
         environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index)}
         script = [sys.executable, str(self.locks / "wheelhouse.py")]
-        arguments = ["--name", name, "--python", python, "--cache", str(self.cache)]
+        arguments = ["--name", name, "--python", python, "--cache", str(self.cache), *options]
         pipe = subprocess.PIPE
         return subprocess.Popen([*script, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    def run(self, name: str = "demo", python: str = "3.13") -> tuple[int, str, list[str]]:
+    def run(self, name: str = "demo", python: str = "3.13", *options: str) -> tuple[int, str, list[str]]:
         """Run the command and return its exit code, stdout without the line's end, and the lines of stderr."""
-        process = self.start(name, python)
+        process = self.start(name, python, *options)
         out, err = process.communicate(timeout=120)
         return process.returncode, out.removesuffix("\n"), err.splitlines()
 
@@ -339,3 +339,30 @@ def test_concurrent_runs_build_once(lab: Lab) -> None:
     assert [out for out, _ in results] == [f"{archive}\n"] * 3
     assert sum("building sourced" in err for _, err in results) == 1
     assert lab.leftovers() == [archive]
+
+
+def test_a_project_is_packed_and_names_the_archive(lab: Lab, tmp_path: Path) -> None:
+    pure = lab.wheel("pure", "py3-none-any", {})
+    lab.lock(f"pure==1.0 --hash=sha256:{digest(pure)}\n")
+    project = tmp_path / "project"
+    (project / "tests").mkdir(parents=True)
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\n[project]\nname = "own"\nversion = "1.0"\n'
+        '[tool.setuptools]\npy-modules = ["own"]\n'
+    )
+    (project / "own.py").write_text("ANSWER = 42\n")
+    (project / "tests/test_own.py").write_text("")
+
+    code, path, _ = lab.run("demo", "3.13", "--source", str(project))
+    assert code == 0
+    with tarfile.open(path) as tar:
+        assert [name for name in tar.getnames() if "own-1.0" in name] == ["wheels/own-1.0-py3-none-any.whl"]
+        pinned = tar.extractfile("requirements.txt")
+        assert pinned is not None
+        assert "own==1.0 --hash=sha256:" in pinned.read().decode()
+    assert sorted(file.name for file in project.iterdir()) == ["own.py", "pyproject.toml", "tests"]
+
+    (project / "tests/test_own.py").write_text("# no part of the wheel\n")
+    assert lab.run("demo", "3.13", "--source", str(project))[1] == path
+    (project / "own.py").write_text("ANSWER = 43\n")
+    assert lab.run("demo", "3.13", "--source", str(project))[1] != path

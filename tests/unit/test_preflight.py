@@ -421,7 +421,7 @@ BAD_MACHINES = {
     "old Python": (machine("python 3.9.2"), ["n1: Python 3.9.2 is too old, 3.11 or newer is needed"]),
     "clock ahead": (machine(offset=[2.5, 3.0]), ["n1: the clock is at least 2.5 s ahead of the controller's"]),
     "clock behind": (machine(offset=[-4.0, -3.5]), ["n1: the clock is at least 3.5 s behind the controller's"]),
-    "memory": (machine("memory_kb 1000000"), ["n1: 976 MiB of memory, 1024 needed for postgresql, redis"]),
+    "memory": (machine("memory_kb 1000000"), ["n1: 976 MiB of memory, 1088 needed for postgresql, redis"]),
     "disk": (
         machine("disk /var 5000000 /var"),
         ["n1: 4882 MiB free for /var on /var, 5120 needed (preflight_disk_mb)"],

@@ -11,10 +11,10 @@ from cluster import SUBNET, VIP, Api, import_components
 
 UNITS = {
     "lb": ["haproxy", "keepalived"],
-    "airflow": ["airflow-api-server", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer",
+    "airflow": ["airflow-api-server", "airflow-dag-processor", "airflow-triggerer",
                 "airflow-flower", "haproxy", "spark-master"],
     "worker": ["airflow-worker", "haproxy", "spark-worker"],
-    "data": ["redis-server", "zookeeper", "postgresql-primary-check", "pgbackrest"],
+    "data": ["redis-server", "zookeeper", "pgbackrest"],
     "witness": ["zookeeper", "pgbackrest", "pgbackrest-backup@full.timer", "pgbackrest-backup@incr.timer",
                 "redis-copy.timer"],
 }  # fmt: skip
@@ -26,7 +26,7 @@ def journal(host, unit: str) -> str:
 
 def test_services_run_and_will_run_after_a_reboot(host):
     kind = host.check_output("hostname").rstrip("0123456789")
-    for unit in UNITS[kind]:
+    for unit in [*UNITS[kind], "airflow-watchdog"]:
         assert host.service(unit).is_running, f"{unit}\n{journal(host, unit)}"
         assert host.service(unit).is_enabled, unit
 

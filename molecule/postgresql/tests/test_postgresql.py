@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import socket
-import ssl
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import CA, PROJECT, SUBNET
+from scenario import PROJECT, SUBNET
 from testinfra.host import Host
 
 SCENARIO = Path(__file__).resolve().parents[1]
 MEMBERS = {"postgresql1": f"{SUBNET}.20", "postgresql2": f"{SUBNET}.21"}
 CONFIG, DATA = "/etc/postgresql/17/main", "/var/lib/postgresql/17/main"
 PASSWORDS = {
-    name: hashlib.sha256(f"molecule {name}".encode()).hexdigest() for name in ("airflow", "pipelines", "replication")
+    name: hashlib.sha256(f"molecule {name}".encode()).hexdigest()
+    for name in ("airflow", "pipelines", "replication", "watchdog")
 }
 Machine = Callable[[str], Host]
 
@@ -71,16 +67,6 @@ def streaming(machine: Machine, *members: str) -> bool:
     return shown == f"{standby}|streaming|t|standby_{standby}|t"
 
 
-def check(name: str, path: str) -> tuple[int, dict[str, Any]]:
-    """Status and body of the primary check, over verified TLS."""
-    trusted = ssl.create_default_context(cafile=str(CA))
-    try:
-        with urllib.request.urlopen(f"https://{MEMBERS[name]}:8008{path}", timeout=10, context=trusted) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
 def converge(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the role again."""
     command = [
@@ -106,9 +92,8 @@ def log_on_failure(machine: Machine, request: pytest.FixtureRequest) -> Iterator
 
 
 def test_units_run_and_come_back_after_a_boot(host: Host) -> None:
-    for unit in ("postgresql@17-main", "postgresql-primary-check"):
-        assert host.service(unit).is_running
-        assert host.service(unit).is_enabled
+    assert host.service("postgresql@17-main").is_running
+    assert host.service("postgresql@17-main").is_enabled
     assert host.check_output("pg_lsclusters --no-header").count("\n") == 0
 
 
@@ -163,7 +148,9 @@ def test_a_write_on_the_primary_reaches_the_standby(machine: Machine) -> None:
         ("postgresql2", "airflow", "postgres", "", "require", "no pg_hba.conf entry"),
         ("postgresql2", "postgres", "postgres", "guess", "require", "no pg_hba.conf entry"),
         ("postgresql2", "replicator", "airflow", "", "require", "no pg_hba.conf entry"),
-        # A worker: no way to Airflow's metadata, but to what the pipelines write.
+        ("postgresql2", "watchdog", "watchdog", "", "verify-full", ""),
+        # A worker: no way to Airflow's metadata or to the lease, but to what the pipelines write.
+        ("postgresql1", "watchdog", "watchdog", "", "require", "no pg_hba.conf entry"),
         ("postgresql1", "airflow", "airflow", "", "require", "no pg_hba.conf entry"),
         ("postgresql1", "pipelines", "pipelines", "", "verify-full", ""),
         ("postgresql2", "pipelines", "pipelines", "", "verify-full", ""),
@@ -180,40 +167,22 @@ def test_only_who_needs_it_gets_in(
 
 
 def test_passwords_are_nowhere_to_be_read(host: Host) -> None:
-    assert sql(host, "select count(*) from pg_authid where rolcanlogin and rolpassword like 'SCRAM-SHA-256$%'") == "3"
+    assert sql(host, "select count(*) from pg_authid where rolcanlogin and rolpassword like 'SCRAM-SHA-256$%'") == "4"
     for place in ("cat /var/log/postgresql/*", "journalctl --no-pager", "ps axwwe"):
         # sudo logs what these tests themselves run, with PGPASSWORD.
         lines = [line for line in host.check_output(place).splitlines() if "PGPASSWORD=" not in line]
         assert not [line for line in lines if any(password in line for password in PASSWORDS.values())], place
 
 
-def test_the_primary_check_tells_who_is_who(machine: Machine) -> None:
-    primary, standby = roles(machine)
-    assert check(primary, "/primary")[0] == 200
-    assert check(primary, "/replica")[0] == 503
-    assert check(standby, "/primary") == (503, check(standby, "/replica")[1])
-    assert check(standby, "/replica")[0] == 200
-    assert check(standby, "/replica?lag=1")[1]["streaming"] is True
-    assert [check(name, "/health")[0] for name in MEMBERS] == [200, 200]
-    assert check(primary, "/")[0] == 404
-
-
-def test_the_primary_check_answers_beside_stuck_clients_and_without_postgresql(machine: Machine) -> None:
-    _, standby = roles(machine)
-    stuck = [socket.create_connection((MEMBERS[standby], 8008), timeout=5) for _ in range(20)]
-    try:
-        before = time.monotonic()
-        assert check(standby, "/replica")[0] == 200
-        assert time.monotonic() - before < 2
-        machine(standby).check_output("systemctl stop postgresql@17-main")
-        eventually(lambda: check(standby, "/health")[0] == 503, 5)
-        assert check(standby, "/replica")[1]["role"] == "unknown"
-    finally:
-        machine(standby).check_output("systemctl start postgresql@17-main")
-        for connection in stuck:
-            connection.close()
-    eventually(lambda: check(standby, "/replica")[0] == 200)
-    eventually(lambda: streaming(machine))
+def test_the_watchdogs_role_may_look_and_nothing_else(machine: Machine) -> None:
+    primary, _ = roles(machine)
+    shown = sql(
+        machine(primary),
+        "select rolcanlogin, rolsuper, rolpassword is null, pg_has_role(oid, 'pg_monitor', 'member'), "
+        "(select count(*) from pg_auth_members where member = r.oid) from pg_authid r "
+        "where rolname = 'airflow-watchdog'",
+    )
+    assert shown == "t|f|t|t|1"
 
 
 def test_a_run_after_roles_were_swapped_changes_nothing(machine: Machine) -> None:
@@ -227,7 +196,6 @@ def test_a_run_after_roles_were_swapped_changes_nothing(machine: Machine) -> Non
     # The settings name all members: the old primary finds the new one by itself.
     eventually(lambda: streaming(machine))
     assert roles(machine) == (new, old)
-    eventually(lambda: (check(new, "/primary")[0], check(old, "/primary")[0]) == (200, 503))
     run = converge()
     assert re.findall(r"changed=(\d+) .*failed=(\d+)", run.stdout) == [("0", "0")] * 2, run.stdout + run.stderr
     assert roles(machine) == (new, old)

@@ -18,7 +18,7 @@ def test_this_is_debian_12_with_its_own_python(host):
 
 def test_services_run(host):
     for unit in ("airflow-api-server", "airflow-scheduler", "airflow-dag-processor", "airflow-triggerer", "haproxy",
-                 "spark-master", "spark-worker", "postgresql-primary-check"):  # fmt: skip
+                 "spark-master", "spark-worker", "airflow-watchdog"):  # fmt: skip
         assert host.service(unit).is_running, host.run(f"journalctl --no-pager --lines=40 --unit={unit}").stdout
         assert host.service(unit).is_enabled
 

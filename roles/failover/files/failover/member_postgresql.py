@@ -30,6 +30,8 @@ ARRIVAL_TIMEOUT_S = 15
 WARM = "Hot standby mode is disabled"
 # Sorts after the role's own file: what stands here wins, until somebody takes it away.
 SUSPENDED = "conf.d/zz-synchronous-suspended.conf"
+# airflow-watchdog leaves it when it stops a primary that is older than another (files/watchdog, agent.py).
+WATCHDOG_MARKER = Path("/var/lib/airflow-watchdog/postgresql-fenced.json")
 STATE_QUERY = """
     select json_build_object(
       'role', case when pg_is_in_recovery() then 'standby' else 'primary' end,
@@ -317,6 +319,10 @@ class Postgresql:
                 self._forget_slots(host)
                 self._journal.step(f"{host} is the primary: this former primary starts as a standby")
                 return
+        # Whoever it was older than may only be out of sight.
+        if WATCHDOG_MARKER.exists():
+            self._signal_file()
+            self._journal.step("airflow-watchdog had stopped it as a primary of the past: it starts as a standby")
 
     def reinstate(self) -> None:
         """Undo a demotion whose candidate was not promoted: be the primary again."""
@@ -376,6 +382,7 @@ class Postgresql:
         if not self._data.exists():
             self._data.mkdir(mode=0o700)
             shutil.chown(self._data, "postgres", "postgres")
+        WATCHDOG_MARKER.unlink(missing_ok=True)
         (self._data / "standby.signal").unlink(missing_ok=True)
         done = self._run_as_postgres("pgbackrest", f"--stanza={self._stanza}", "--delta", *options, "restore")
         if done.returncode != 0:

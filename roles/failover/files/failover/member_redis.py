@@ -25,7 +25,7 @@ class Redis:
 
     def __init__(self, settings: dict[str, Any], journal: Journal) -> None:
         self._unit = settings["unit"]
-        self._link = redis.Redis(
+        self._link: Any = redis.Redis(
             unix_socket_path=settings["socket"], username="admin", password=settings["password"], socket_timeout=5,
             decode_responses=True,
         )  # fmt: skip
