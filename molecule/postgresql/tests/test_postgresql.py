@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -213,7 +214,6 @@ def test_a_warm_standby_acknowledges_commits(machine: Machine) -> None:
     assert "Hot standby mode is disabled" in refused.stderr
     eventually(lambda: streaming(machine, primary, standby))
     eventually(lambda: sql(machine(primary), "select sync_state from pg_stat_replication") == "quorum")
-    assert [check(standby, path)[0] for path in ("/primary", "/replica")] == [503, 503]
     write = "timeout 3 runuser -u postgres -- psql -XAtqc 'create table waits ()'"
     machine(standby).check_output("systemctl stop postgresql@17-main")
     assert machine(primary).run(write).rc == 124, "a commit did not wait for the standby"
