@@ -28,15 +28,15 @@ COST_S = 30
 
 def killed(stream: Stream) -> float:
     """SIGKILL to the scheduler in charge."""
-    signal(holder(), UNIT, "KILL")
-    return stream.next_after(time.time())
+    host = holder()
+    return stream.next_after(lambda: signal(host, UNIT, "KILL"))
 
 
 def gone(stream: Stream) -> float:
     """Its machine loses its power, and comes back after the measurement."""
-    kill(holder())
+    host = holder()
     try:
-        return stream.next_after(time.time())
+        return stream.next_after(lambda: kill(host))
     finally:
         power_on()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -70,16 +71,19 @@ class Stream:
         found = [item["queued_when"] for item in self.tasks.instances().values() if item["queued_when"]]
         return sorted(datetime.datetime.fromisoformat(moment).timestamp() for moment in found)
 
-    def next_after(self, moment: float, seconds: float = 120) -> float:
-        """Seconds from the moment until a task is scheduled."""
+    def next_after(self, fault: Callable[[], object], seconds: float = 120) -> float:
+        """Do something; seconds from its beginning until a task is scheduled after its end."""
+        began = time.time()
+        fault()
+        done = time.time()
 
         def later() -> list[float]:
             try:
-                return [found - moment for found in self.moments() if found > moment]
+                return [moment for moment in self.moments() if moment > done]
             except OSError:  # one of two API servers may be what has just been lost
                 return []
 
-        return float(eventually(later, seconds)[0])
+        return float(eventually(later, seconds)[0]) - began
 
     def longest_gap(self, begin: float) -> float:
         """After the end: the longest time in seconds, from the moment `begin`, in which nothing was scheduled."""
