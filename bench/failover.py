@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure what clients notice of failovers on the lab, print a table and write bench/results/failover.json.
 
-`make bench-failover [ROUNDS=5] [ONLY=data]`. Every figure is taken by a client behind the local proxy of an Airflow
-server that writes all the time, or from Airflow's own record of its tasks. With ONLY, nothing is written: the file
-holds one whole run.
+`make bench-failover [ROUNDS=5] [ONLY=data|scheduler]`. Every figure is taken by a client behind the local proxy of an
+Airflow server that writes all the time, or from Airflow's own record of its tasks. With ONLY, nothing is written: the
+file holds one whole run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 
 import data_failover
 import report
+import scheduler_failover
 from faultlab import deliver_dag, healthy, login, run
 
 # Each yields what it has measured, metric to figure, for so many rounds.
-PARTS: dict[str, Callable[[Any, int], Iterator[dict[str, float]]]] = {"data": data_failover.measure}
-GOALS: dict[str, report.Goal] = {**data_failover.GOALS}
+PARTS: dict[str, Callable[[Any, int], Iterator[dict[str, float]]]] = {
+    "data": data_failover.measure,
+    "scheduler": scheduler_failover.measure,
+}
+GOALS: dict[str, report.Goal] = {**data_failover.GOALS, **scheduler_failover.GOALS}
 
 
 def main() -> None:

@@ -130,10 +130,21 @@ def healthy(seconds: float = 90) -> None:
         pytest.fail(f"not healthy: {problems}")
 
 
+def podman(*arguments: str) -> str:
+    """Podman on the lab's own storage; needs root, as the lab does."""
+    root = [] if os.geteuid() == 0 else ["sudo"]
+    command = [*root, sys.executable, str(MACHINES), "podman", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def inside(name: str, *command: str) -> str:
+    """What a command says on a machine whose network may be gone."""
+    return podman("exec", f"{LAB_NAME}-{name}", *command)
+
+
 def kill(*names: str) -> None:
     """Take the power from machines."""
-    containers = [f"{LAB_NAME}-{name}" for name in names]
-    subprocess.run([sys.executable, str(MACHINES), "podman", "kill", *containers], check=True, capture_output=True)
+    podman("kill", *(f"{LAB_NAME}-{name}" for name in names))
 
 
 def power_on() -> None:

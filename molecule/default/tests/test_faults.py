@@ -8,6 +8,8 @@ from cluster import LAB
 
 # Case of docs/faults.md: the test that shows it.
 CASES = {
+    1: "test_a_killed_scheduler_is_replaced",
+    5: "test_a_server_without_power_comes_back_as_standby",
     12: "test_a_killed_postmaster_comes_back_without_a_change_of_roles",
     13: "test_a_rack_with_the_primaries_is_gone",
     14: "test_switchover_there_and_back_under_load",
